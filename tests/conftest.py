@@ -1,0 +1,54 @@
+"""What every test shares: seeds, threads, the reason why a GPU test is skipped, and tools that CI must have."""
+
+import os
+import random
+import shutil
+from collections.abc import Callable
+
+# NumPy's own thread pool and torch's fight over the cores; the oracle's matrices are small. Before NumPy is imported.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+import pytest
+import torch
+
+# Small tensors get slower, not faster, on many threads. OMP_NUM_THREADS overrides.
+if "OMP_NUM_THREADS" not in os.environ:
+    torch.set_num_threads(min(4, torch.get_num_threads()))
+
+
+def pytest_report_header() -> str:
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no CUDA device"
+    capability = torch.backends.cpu.get_cpu_capability()
+    return f"torch {torch.__version__}, {device}, CPU {capability}, {torch.get_num_threads()} threads"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason=f"needs a CUDA device; torch {torch.__version__} finds none")
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    """The same random numbers in each test, whichever tests ran before."""
+    random.seed(0)
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def require_tool() -> Callable[[str], str]:
+    """`require_tool("nvcc")` gives the tool's path; without the tool the test is skipped, but fails under CI."""
+
+    def require(name: str) -> str:
+        path = shutil.which(name)
+        if path is None:
+            message = f"{name} is not on PATH"
+            if os.environ.get("CI"):
+                pytest.fail(f"{message}; CI must have it")
+            pytest.skip(message)
+        return path
+
+    return require

@@ -1,0 +1,348 @@
+"""The package as an object: what importing it costs, what wheel and sdist hold, how it installs, what it names."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PIP = (sys.executable, "-m", "pip", "--disable-pip-version-check")
+OFFLINE = ("--no-deps", "--no-index", "--no-build-isolation", "--quiet")
+
+# Makes the named packages impossible to find, whether they are installed or not.
+BLOCK = """
+import sys
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {names!r}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+sys.meta_path.insert(0, Block())
+"""
+
+
+def run(*command: str, cwd: Path = ROOT, **environment: str) -> str:
+    env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | environment
+    done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+def python(code: str, *flags: str, cwd: Path = ROOT, **environment: str) -> str:
+    return run(sys.executable, *flags, "-c", code, cwd=cwd, **environment)
+
+
+def copy_of_checkout(folder: Path) -> Path:
+    ignore = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "build", "dist", "runs", "demo-output")
+    return Path(shutil.copytree(ROOT, folder / "checkout", symlinks=True, ignore=ignore))
+
+
+# Importing
+
+
+def test_import_costs_nothing() -> None:
+    loaded = json.loads(python("import json, sys, vlmo_fast; print(json.dumps(sorted(sys.modules)))"))
+    heavy = {"torch", "numpy", "triton", "transformers", "xformers", "PIL", "importlib.metadata"}
+    assert heavy.isdisjoint(loaded)
+    assert [name for name in loaded if name.startswith("vlmo_fast")] == ["vlmo_fast"]
+
+
+def test_command_line_imports_only_what_it_runs() -> None:
+    code = "import json, sys, vlmo_fast.cli, vlmo_fast.doctor; print(json.dumps(sorted(sys.modules)))"
+    assert {"torch", "numpy", "triton", "transformers", "xformers", "PIL"}.isdisjoint(json.loads(python(code)))
+
+
+def test_model_runs_with_torch_alone() -> None:
+    blocked = ("triton", "transformers", "xformers", "PIL")
+    code = """
+import torch, vlmo_fast
+config = vlmo_fast.MoMEConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_vl_layers=1,
+                              image_size=32, patch_size=16, vocab_size=50, max_text_length=8)
+model = vlmo_fast.MoMETransformer(config).eval()
+output = model(input_ids=torch.randint(0, 50, (2, 8)), pixel_values=torch.randn(2, 3, 32, 32))
+assert output.last_hidden_state.shape[0] == 2 and output.last_hidden_state.shape[-1] == 32
+assert output.last_hidden_state.isfinite().all()
+output.last_hidden_state.square().mean().backward()
+assert not [name for name in sys.modules if name.partition(".")[0] in BLOCKED]
+"""
+    python(BLOCK.format(names=blocked) + code.replace("BLOCKED", repr(blocked)))
+
+
+def test_every_exported_name_is_there() -> None:
+    pytest.importorskip("transformers")
+    python("import vlmo_fast\nfor name in vlmo_fast.__all__: assert getattr(vlmo_fast, name).__name__ == name")
+
+
+def test_exports_are_listed_once() -> None:
+    import vlmo_fast
+
+    assert sorted(vlmo_fast._MODULE_OF) == sorted(vlmo_fast.__all__)
+    assert set(vlmo_fast.__all__) < set(dir(vlmo_fast))
+    with pytest.raises(AttributeError, match="no_such_name"):
+        _ = vlmo_fast.no_such_name
+
+
+def test_missing_transformers_names_the_command() -> None:
+    code = """
+import vlmo_fast
+try:
+    vlmo_fast.VLMoForPreTraining
+except ImportError as error:
+    print(error)
+"""
+    message = python(BLOCK.format(names=("transformers",)) + code)
+    assert "vlmo_fast.VLMoForPreTraining needs the package transformers" in message
+    assert re.search(r'-m pip install (-e )?"(transformers|.*\[transformers\])', message)
+
+
+def test_hugging_face_kernels_are_not_shadowed(tmp_path: Path) -> None:
+    """Our top-level folder must lose against a distribution named `kernels`, wherever Python is started."""
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels" / "__init__.py").write_text("mark = 'the distribution'\n")
+    code = "import kernels, vlmo_fast.kernels; print(kernels.mark)"
+    assert python(code, PYTHONPATH=str(tmp_path)).strip() == "the distribution"
+
+
+def test_transformers_imports_from_the_root() -> None:
+    pytest.importorskip("transformers")
+    python("import transformers; transformers.PreTrainedModel; transformers.Trainer")
+
+
+# The checkout
+
+
+@pytest.mark.parametrize("name", ["kernels", "csrc"])
+def test_symlinks(name: str) -> None:
+    link = ROOT / "vlmo_fast" / name
+    if not link.is_symlink():
+        pytest.skip("not a checkout: an sdist holds the folder itself")
+    assert link.readlink() == Path("..", name)  # relative, so that it survives a move
+    assert link.is_dir()
+    assert not list((ROOT / name).rglob("__init__.py"))
+
+
+def test_files_name_no_machine_and_no_registry(require_tool: Callable[[str], str]) -> None:
+    git = require_tool("git")
+    if not (ROOT / ".git").exists():
+        pytest.skip("not a checkout")
+    listed = run(git, "ls-files", "-z", "--cached", "--others", "--exclude-standard")
+    # Written in halves, so that this file passes its own test.
+    parts = [
+        *(r"py" + r"pi\.org", r"python" + r"hosted\.org", r"download\.py" + r"torch\.org", r"pypi\.nv" + r"idia\.com"),
+        *(r"files\.py" + r"thon", r"/wo" + r"rk/", r"/opt/(py" + r"pi|wheels)", r"/ro" + r"ot/", r"/ho" + r"me/\w"),
+    ]
+    forbidden = re.compile("|".join(parts).encode())
+    found = []
+    for name in filter(None, listed.split("\0")):
+        path = ROOT / name
+        if path.is_file() and not path.is_symlink():
+            found += [f"{name}: {match.group().decode()}" for match in forbidden.finditer(path.read_bytes())]
+    assert not found
+
+
+# Installing
+
+
+class Built(NamedTuple):
+    wheel: Path
+    sdist: Path
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
+    """An sdist of a copy of the checkout, and a wheel made from that sdist; no network."""
+    folder = tmp_path_factory.mktemp("built")
+    checkout = copy_of_checkout(folder)
+    run(sys.executable, "-m", "build", "--no-isolation", "--outdir", str(folder), cwd=checkout)
+    return Built(next(folder.glob("*.whl")), next(folder.glob("*.tar.gz")))
+
+
+def sources(folder: str, *suffixes: str) -> set[str]:
+    return {
+        f"vlmo_fast/{path.relative_to(ROOT).as_posix()}"
+        for path in (ROOT / folder).rglob("*")
+        if path.suffix in suffixes and "__pycache__" not in path.parts
+    }
+
+
+def python_files() -> set[str]:
+    files = (path.relative_to(ROOT) for path in (ROOT / "vlmo_fast").rglob("*.py"))
+    return {path.as_posix() for path in files if "__pycache__" not in path.parts}
+
+
+CSRC_SUFFIXES = (".md", ".cpp", ".cc", ".cu", ".cuh", ".h", ".hpp")
+
+
+def expected_files() -> set[str]:
+    return python_files() | {"vlmo_fast/py.typed"} | sources("kernels", ".py", ".md") | sources("csrc", *CSRC_SUFFIXES)
+
+
+def test_wheel_holds_the_package(built: Built) -> None:
+    names = set(zipfile.ZipFile(built.wheel).namelist())
+    assert expected_files() <= names
+    tops = {name.partition("/")[0] for name in names}
+    assert tops == {"vlmo_fast", "vlmo_fast-0.1.0.dist-info"}
+    assert not [name for name in names if "__pycache__" in name or name.endswith(".so")]
+    assert any(name.endswith("licenses/LICENSE") for name in names)
+
+
+def test_sdist_holds_the_package_and_its_tests(built: Built) -> None:
+    with tarfile.open(built.sdist) as archive:
+        members = {member.name.partition("/")[2]: member for member in archive.getmembers()}
+    beside = {"pyproject.toml", "setup.py", "README.md", "LICENSE", "constraints.txt", "Makefile", "tests/conftest.py"}
+    assert expected_files() | beside <= set(members)
+    assert not [name for name, member in members.items() if member.issym() or "__pycache__" in name]
+
+
+@pytest.fixture(scope="module")
+def installed(built: Built, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    target = tmp_path_factory.mktemp("installed")
+    run(*PIP, "install", *OFFLINE, "--target", str(target), str(built.wheel))
+    return target
+
+
+def test_wheel_imports_from_an_empty_folder(installed: Path, tmp_path: Path) -> None:
+    # -S leaves out the site-packages of this environment: torch is not needed to import the package
+    code = """
+import pathlib, vlmo_fast, vlmo_fast.kernels, vlmo_fast.csrc
+print(vlmo_fast.__file__, vlmo_fast.__version__, pathlib.Path(vlmo_fast.csrc.__path__[0], "README.md").is_file())
+"""
+    out = python(code, "-S", cwd=tmp_path, PYTHONPATH=str(installed)).split()
+    assert out == [str(installed / "vlmo_fast" / "__init__.py"), "0.1.0", "True"]
+
+
+def test_metadata(installed: Path) -> None:
+    (distribution,) = metadata.distributions(name="vlmo_fast", path=[str(installed)])
+    fields = distribution.metadata
+    assert (fields["Name"], fields["Version"]) == ("vlmo_fast", "0.1.0")
+    assert (fields["License-Expression"], fields.get_all("License-File")) == ("Apache-2.0", ["LICENSE"])
+    assert fields["Requires-Python"] == ">=3.10"
+    base = [line for line in distribution.requires or [] if "extra ==" not in line]
+    assert [re.match(r"\w+", line).group() for line in base] == ["torch", "triton"]
+    assert all("==" not in line and "<" not in line for line in (line.partition(";")[0] for line in base))
+    # An extra that named torch could replace the build (CPU, CUDA) that the user chose.
+    extras = [line for line in distribution.requires or [] if "extra ==" in line]
+    assert extras
+    assert not [line for line in extras if re.match(r"(torch|triton|torchvision|nvidia)\b", line)]
+    (script,) = distribution.entry_points.select(group="console_scripts")
+    assert (script.name, script.value) == ("vlmo-fast", "vlmo_fast.cli:main")
+
+
+def test_license_text() -> None:
+    text = (ROOT / "LICENSE").read_text()
+    assert "Apache License" in text
+    assert "END OF TERMS AND CONDITIONS" in text
+
+
+def test_editable_install(tmp_path: Path) -> None:
+    checkout = copy_of_checkout(tmp_path)
+    run(*PIP, "install", *OFFLINE, "--prefix", str(tmp_path / "prefix"), "-e", str(checkout), cwd=tmp_path)
+    (site_packages,) = (tmp_path / "prefix").rglob("site-packages")
+    code = f"""
+import site
+site.addsitedir({str(site_packages)!r})
+import importlib.util, vlmo_fast, vlmo_fast.kernels, vlmo_fast.csrc
+assert importlib.util.find_spec("kernels") is None  # the top-level folder must not become importable
+print(vlmo_fast.__file__, vlmo_fast.__version__)
+"""
+    out = python(code, "-S", cwd=tmp_path).split()
+    assert out == [str(checkout / "vlmo_fast" / "__init__.py"), "0.1.0"]
+    (distribution,) = metadata.distributions(name="vlmo_fast", path=[str(site_packages)])
+    assert json.loads(distribution.read_text("direct_url.json") or "")["dir_info"] == {"editable": True}
+
+
+# make
+
+
+@pytest.mark.parametrize(
+    ("interpreter", "message"),
+    [
+        (None, "no {python} here; name one: make PYTHON=python3.x"),
+        (
+            "import sys; sys.version_info = (3, 9, 2); sys.version = '3.9.2 (fake)'",
+            "needs Python 3.10 or later, {python} is 3.9.2",
+        ),
+        ("import sys; sys.modules['ensurepip'] = None", "{python} lacks the module venv"),
+    ],
+    ids=["missing", "too old", "without venv"],
+)
+def test_make_says_what_is_wrong_with_python(
+    interpreter: str | None, message: str, tmp_path: Path, require_tool: Callable[[str], str]
+) -> None:
+    make = require_tool("make")
+    for name in ("Makefile", "pyproject.toml", "setup.py", "constraints.txt"):
+        shutil.copy(ROOT / name, tmp_path)
+    fake = tmp_path / "fake-python"
+    if interpreter:  # this interpreter, after the line that breaks it; the caller's code comes as -c CODE
+        fake.write_text(f"#!{sys.executable}\n{interpreter}\nexec(sys.argv[2])\n")
+        fake.chmod(0o755)
+    done = subprocess.run([make, "venv", f"PYTHON={fake}"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert message.format(python=fake) in done.stderr
+    assert not (tmp_path / ".venv").exists()
+
+
+def test_make_help_lists_every_target(require_tool: Callable[[str], str]) -> None:
+    text = run(require_tool("make"))
+    targets = re.search(r"^\.PHONY: (.*)", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert targets
+    assert all(f"make {target} " in text for target in targets[1].split() if target != "help")
+
+
+# The command line
+
+
+def test_doctor_json() -> None:
+    report = json.loads(run(sys.executable, "-m", "vlmo_fast", "doctor", "--json"))
+    assert report["torch"]["version"] == metadata.version("torch")
+    packages = {package["name"]: package for package in report["packages"]}
+    assert packages["torch"]["version"]
+    assert packages["torch"]["install"] is None
+    assert report["implementations"]
+    assert set(report["implementations"][0]) == {"op", "device", "dtype", "implementation", "reason"}
+
+
+def test_doctor_names_the_command_for_what_is_missing() -> None:
+    code = """
+import importlib.util, vlmo_fast.doctor as doctor
+find_spec = doctor.find_spec
+doctor.find_spec = lambda name: None if name == "emoji" else find_spec(name)
+doctor.main([])
+"""
+    text = python(code)
+    missing = text.partition("\nMissing\n")[2]
+    assert re.search(r'emoji:\n +\S+ -m pip install (-e )?".*(emoji|\[demo\])', missing)
+    for op in ("attention", "contrastive_loss"):
+        assert re.search(rf"^  {op} +cpu +float32 +\w+ +\w+", text, re.MULTILINE)
+
+
+def test_installed_commands_need_no_index(installed: Path) -> None:
+    """The printed pip command names the packages themselves, not vlmo_fast[...], which no index need know."""
+    code = "from vlmo_fast.doctor import install_command as c; print(c('demo')); print(c())"
+    demo, base = python(code, "-S", cwd=installed, PYTHONPATH=str(installed)).splitlines()
+    assert '"easy-vqa>=1.0"' in demo
+    assert "vlmo_fast[" not in demo
+    assert base.endswith('-m pip install "torch>=2.10" "triton>=3.6"')
+
+
+def test_unknown_command_names_the_known_ones() -> None:
+    done = subprocess.run([sys.executable, "-m", "vlmo_fast", "nope"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "demo" in done.stderr
+    assert "doctor" in done.stderr
+
+
+def test_help_and_version() -> None:
+    text = run(sys.executable, "-m", "vlmo_fast", "--help")
+    assert "doctor" in text
+    assert "--json" in run(sys.executable, "-m", "vlmo_fast", "doctor", "--help")
+    assert re.fullmatch(r"vlmo_fast \S+\n", run(sys.executable, "-m", "vlmo_fast", "--version"))

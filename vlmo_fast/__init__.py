@@ -1,0 +1,96 @@
+"""vlmo_fast: VLMo, one vision-language model with modality experts, in readable PyTorch with fast kernels behind it.
+
+Importing the package imports nothing else, not even torch: each name below is looked up in its module when first used.
+The Hugging Face classes need the package transformers, all others torch alone.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vlmo_fast.checkpoints import load_official, save_official
+    from vlmo_fast.config import MoMEConfig
+    from vlmo_fast.hf.configuration import VLMoConfig
+    from vlmo_fast.hf.modeling import (
+        VLMoForImageClassification,
+        VLMoForImagesAndTextClassification,
+        VLMoForImageTextRetrieval,
+        VLMoForMaskedImageModeling,
+        VLMoForMaskedLM,
+        VLMoForPreTraining,
+        VLMoForQuestionAnswering,
+    )
+    from vlmo_fast.model import MoMEOutput, MoMETransformer
+
+    __version__: str
+
+__all__ = [
+    "MoMEConfig",
+    "MoMETransformer",
+    "MoMEOutput",
+    "load_official",
+    "save_official",
+    "VLMoConfig",
+    "VLMoForPreTraining",
+    "VLMoForMaskedLM",
+    "VLMoForMaskedImageModeling",
+    "VLMoForImageTextRetrieval",
+    "VLMoForQuestionAnswering",
+    "VLMoForImagesAndTextClassification",
+    "VLMoForImageClassification",
+]
+
+_NAMES_OF_MODULE = {
+    "vlmo_fast.config": ("MoMEConfig",),
+    "vlmo_fast.model": ("MoMETransformer", "MoMEOutput"),
+    "vlmo_fast.checkpoints": ("load_official", "save_official"),
+    "vlmo_fast.hf.configuration": ("VLMoConfig",),
+    "vlmo_fast.hf.modeling": (
+        "VLMoForPreTraining",
+        "VLMoForMaskedLM",
+        "VLMoForMaskedImageModeling",
+        "VLMoForImageTextRetrieval",
+        "VLMoForQuestionAnswering",
+        "VLMoForImagesAndTextClassification",
+        "VLMoForImageClassification",
+    ),
+}
+_MODULE_OF = {name: module for module, names in _NAMES_OF_MODULE.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        value: Any = _version()
+    elif name in _MODULE_OF:
+        value = getattr(_load(_MODULE_OF[name], name), name)
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, "__version__"})
+
+
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("vlmo_fast")
+    except PackageNotFoundError:  # a checkout on the path, not installed
+        return "0+unknown"
+
+
+def _load(module: str, name: str) -> Any:
+    try:
+        return import_module(module)
+    except ModuleNotFoundError as error:
+        if not (error.name or "").startswith("transformers"):
+            raise
+        from vlmo_fast.doctor import install_command
+
+        raise ImportError(
+            f"vlmo_fast.{name} needs the package transformers, which is not installed. "
+            f"To install it: {install_command('transformers')}"
+        ) from error

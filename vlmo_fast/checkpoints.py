@@ -1,0 +1,380 @@
+"""Checkpoints of the released VLMo, in and out.
+
+The one place that knows other people's names: microsoft/unilm, folder `vlmo/`, commit 768a3c87. A checkpoint is a plain
+dictionary of tensors whose names tell which task it was saved from; `KINDS` lists the tasks.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from vlmo_fast.config import PRESETS, MoMEConfig
+from vlmo_fast.positions import resize_absolute_positions, resize_relative_bias_table
+
+if TYPE_CHECKING:
+    from vlmo_fast.hf.modeling import VLMoPreTrainedModel
+
+__all__ = ["load_official", "official_names", "official_state_dict", "save_official"]
+
+TEXT_RELATIVE_SPAN = 196  # text lengths covered by every released relative table, whatever the model's own limit
+EXPERTS = {"language": "text", "vision": "imag", "vl": "vl"}
+IGNORED = ("relative_position_index", "text_relative_position_index", "text_imag_relative_position_index")
+POSITION_IDS = "text_embeddings.position_ids"  # a constant of the released text embedding: 0, 1, 2, ...
+
+
+class Kind(NamedTuple):
+    """A task that checkpoints are released for: its model class, and the heads that it holds."""
+
+    model_class: str
+    heads: tuple[str, ...]
+
+
+KINDS = {
+    "pretrain": Kind("VLMoForPreTraining", ("logit_scale", "vl_logit_scale", "pooler", "mlm", "itm", "itc", "vl_itc")),
+    "retrieval": Kind("VLMoForImageTextRetrieval", ("logit_scale", "pooler", "itc")),
+    "vqa": Kind("VLMoForQuestionAnswering", ("pooler", "vqa")),
+    "nlvr2": Kind("VLMoForImagesAndTextClassification", ("pooler", "nlvr2")),
+    "text": Kind("VLMoForMaskedLM", ("pooler", "mlm")),
+}
+
+# (released, ours) prefixes or names of each head; a name without suffix stands for .weight and .bias.
+_HEADS: dict[str, tuple[tuple[str, str], ...]] = {
+    "logit_scale": (("logit_scale", "logit_scale"),),
+    "vl_logit_scale": (("logit_vl_scale", "vl_logit_scale"),),
+    "pooler": (("pooler.dense.weight", "backbone.pooler.weight"), ("pooler.dense.bias", "backbone.pooler.bias")),
+    "mlm": (
+        ("mlm_score.bias", "mlm_head.decoder.bias"),
+        ("mlm_score.transform.dense.weight", "mlm_head.dense.weight"),
+        ("mlm_score.transform.dense.bias", "mlm_head.dense.bias"),
+        ("mlm_score.transform.LayerNorm.weight", "mlm_head.norm.weight"),
+        ("mlm_score.transform.LayerNorm.bias", "mlm_head.norm.bias"),
+        ("mlm_score.decoder.weight", "mlm_head.decoder.weight"),
+    ),
+    "itm": (("itm_score.fc.weight", "itm_head.weight"), ("itm_score.fc.bias", "itm_head.bias")),
+    "itc": (
+        ("itc_text_proj.fc.weight", "backbone.text_projection.weight"),
+        ("itc_image_proj.fc.weight", "backbone.image_projection.weight"),
+    ),
+    "vl_itc": (
+        ("itc_vl_text_proj.fc.weight", "backbone.vl_text_projection.weight"),
+        ("itc_vl_image_proj.fc.weight", "backbone.vl_image_projection.weight"),
+    ),
+    "vqa": tuple(
+        (f"vqa_classifier.{theirs}.{kind}", f"classifier.{ours}.{kind}")
+        for theirs, ours in ((0, "fc1"), (1, "norm"), (3, "fc2"))
+        for kind in ("weight", "bias")
+    ),
+    "nlvr2": tuple(
+        (f"nlvr2_classifier.{theirs}.{kind}", f"classifier.{ours}.{kind}")
+        for theirs, ours in ((0, "fc1"), (1, "norm"), (3, "fc2"))
+        for kind in ("weight", "bias")
+    ),
+}
+
+
+def load_official(
+    path_or_state_dict: str | os.PathLike[str] | Mapping[str, Any],
+    *,
+    image_size: int | None = None,
+    num_attention_heads: int | None = None,
+) -> VLMoPreTrainedModel:
+    """The model of a released VLMo checkpoint, with its weights.
+
+    The kind of the checkpoint decides the class: pre-training, retrieval, VQA, NLVR2 or text stage. Tensors may stand
+    in the file itself or under "state_dict", "module" or "model". Opening a file runs no code from it.
+
+    Args:
+        path_or_state_dict: a file written by the released code, or its dictionary.
+        image_size: side of the images to be used, pixels; positions are resized where the checkpoint has another.
+            None keeps the checkpoint's.
+        num_attention_heads: only needed for absolute positions in a width that no preset has.
+
+    Returns:
+        A `VLMoFor...` in eval mode, in the checkpoint's dtype, on CPU; its backbone is `.backbone`.
+
+    Raises:
+        ValueError: not a VLMo checkpoint, or tensors are missing, unknown, misshapen or of a wrong dtype; the message
+            lists them.
+        FileNotFoundError: there is no such file.
+        ImportError: transformers is not installed.
+    """
+    tensors = _read(path_or_state_dict)
+    kind, settings = _describe(tensors, num_attention_heads)
+
+    from vlmo_fast.hf import modeling
+    from vlmo_fast.hf.configuration import VLMoConfig
+
+    config = VLMoConfig(**settings)
+    with torch.device("meta"):
+        model: VLMoPreTrainedModel = getattr(modeling, KINDS[kind].model_class)(config)
+    names = official_names(model)
+    shapes = {name: parameter.shape for name, parameter in model.state_dict().items()}
+
+    problems = [f"missing: {name}" for name in names if name not in tensors]
+    problems += [
+        f"unexpected: {name}" for name in tensors if name not in names and name not in (*IGNORED, POSITION_IDS)
+    ]
+    for theirs, ours in names.items():
+        if theirs in tensors and tensors[theirs].shape != shapes[ours]:
+            problems.append(f"shape of {theirs}: {tuple(tensors[theirs].shape)}, expected {tuple(shapes[ours])}")
+        if theirs in tensors and not tensors[theirs].is_floating_point():
+            problems.append(f"dtype of {theirs}: {tensors[theirs].dtype}, expected a float dtype")
+    if problems:
+        raise ValueError(
+            f"load_official: the {kind} checkpoint must hold exactly the tensors of its model, got {len(problems)} "
+            "problems:\n  " + "\n  ".join(problems)
+        )
+    state = {ours: tensors[theirs].detach().clone() for theirs, ours in names.items()}
+    if image_size is not None and image_size != config.image_size:
+        config = _resize_positions(state, config, image_size)
+        with torch.device("meta"):
+            model = type(model)(config)
+    model.load_state_dict(state, assign=True)
+    return model.eval()
+
+
+def official_names(model: VLMoPreTrainedModel) -> dict[str, str]:
+    """The released name of each of the model's tensors, in the released order, and ours.
+
+    Raises:
+        ValueError: the released code has no such model.
+    """
+    return dict(_names(model.config.mome, KINDS[_kind_of_model(model)].heads))
+
+
+def official_state_dict(model: VLMoPreTrainedModel) -> dict[str, Tensor]:
+    """The model's weights under the released names, in the released order; detached, on the model's device.
+
+    Args:
+        model: a `VLMoFor...` of one of the released kinds.
+
+    Raises:
+        ValueError: the released code has no such model.
+    """
+    state = model.state_dict()
+    named = {theirs: state[ours].detach() for theirs, ours in official_names(model).items()}
+    length = named["text_embeddings.position_embeddings.weight"].shape[0]
+    result = {}
+    for name, tensor in named.items():
+        if name.startswith("text_embeddings.") and POSITION_IDS not in result:
+            result[POSITION_IDS] = torch.arange(length, device=tensor.device)[None]
+        result[name] = tensor
+    return result
+
+
+def save_official(model: VLMoPreTrainedModel, path: str | os.PathLike[str]) -> None:
+    """Write a model as a checkpoint that the released code loads: a file appears whole or not at all.
+
+    Args:
+        model: a `VLMoFor...` of one of the released kinds.
+        path: the file to write; replaced if it is there.
+
+    Raises:
+        ValueError: the released code has no such model.
+    """
+    target = Path(path)
+    state = {name: tensor.cpu().contiguous() for name, tensor in official_state_dict(model).items()}
+    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            torch.save({"state_dict": state}, file)
+        Path(temporary).replace(target)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def _read(source: str | os.PathLike[str] | Mapping[str, Any]) -> dict[str, Tensor]:
+    """The flat dictionary of tensors in a file or in a wrapped dictionary."""
+    loaded: Any = source
+    if not isinstance(source, Mapping):
+        path = Path(source)
+        if not path.is_file():
+            raise FileNotFoundError(f"load_official: path must be a checkpoint file, got {path}")
+        try:
+            loaded = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # torch.load's own errors are of many types
+            raise ValueError(
+                f"load_official: {path} must be a readable torch checkpoint of tensors alone, got {error}"
+            ) from error
+        if not isinstance(loaded, Mapping):
+            raise ValueError(  # noqa: TRY004 - the file is at fault, not the argument's type
+                f"load_official: {path} must hold a dictionary, got {type(loaded).__name__}"
+            )
+    for wrapper in ("state_dict", "module", "model"):
+        if isinstance(loaded.get(wrapper), Mapping):
+            loaded = loaded[wrapper]
+            break
+    tensors = {}
+    for name, value in loaded.items():
+        if not isinstance(name, str) or not isinstance(value, Tensor):
+            kind = type(value).__name__
+            raise ValueError(f"load_official: the checkpoint must map names to tensors, got {name!r} of type {kind}")
+        tensors[name.removeprefix("module.")] = value
+    return tensors
+
+
+def _describe(tensors: Mapping[str, Tensor], num_attention_heads: int | None) -> tuple[str, dict[str, Any]]:
+    """Kind and settings of a checkpoint, read off its names and shapes."""
+
+    def shape(name: str, ndim: int) -> torch.Size:
+        if name not in tensors or tensors[name].ndim != ndim:
+            found = f"shape {tuple(tensors[name].shape)}" if name in tensors else "none"
+            raise ValueError(
+                f"load_official: a VLMo checkpoint must hold {name} with {ndim} dimensions, got {found} "
+                f"among {len(tensors)} tensors"
+            )
+        return tensors[name].shape
+
+    width = shape("transformer.cls_token", 3)[-1]
+    layers = _layers(tensors, "attn.qkv.weight")
+    vl_layers = _layers(tensors, "mlp_vl.fc1.weight")
+    num_layers = len(layers)
+    if layers != list(range(num_layers)) or vl_layers != layers[num_layers - len(vl_layers) :]:
+        raise ValueError(
+            "load_official: the blocks must be numbered from 0 without a gap, those with a vl expert on top, got "
+            f"blocks {layers} and vl experts in {vl_layers}"
+        )
+    settings: dict[str, Any] = {
+        "hidden_size": width,
+        "num_hidden_layers": num_layers,
+        "num_vl_layers": len(vl_layers),
+        "intermediate_size": shape("transformer.blocks.0.mlp_text.fc1.weight", 2)[0],
+        "patch_size": shape("transformer.patch_embed.proj.weight", 4)[-1],
+        "num_channels": shape("transformer.patch_embed.proj.weight", 4)[1],
+        "vocab_size": shape("text_embeddings.word_embeddings.weight", 2)[0],
+        "max_text_length": shape("text_embeddings.position_embeddings.weight", 2)[0],
+        "num_image_types": shape("token_type_embeddings.weight", 2)[0] - 1,
+        "layer_scale_init_value": 0.1 if "transformer.blocks.0.gamma_1" in tensors else None,
+    }
+    if "relative_position_bias_table" in tensors:
+        rows, columns = shape("relative_position_bias_table", 2)
+        side = math.isqrt(max(rows - 5 - 2 * TEXT_RELATIVE_SPAN, 0))
+        if side**2 != rows - 5 - 2 * TEXT_RELATIVE_SPAN or side % 2 == 0 or columns % num_layers:
+            raise ValueError(
+                "load_official: relative_position_bias_table must have (2 N - 1)^2 + 397 rows for N x N patches and a "
+                f"multiple of {num_layers} columns, got {(rows, columns)}"
+            )
+        heads, window = columns // num_layers, (side + 1) // 2
+        if num_attention_heads not in (None, heads):
+            raise ValueError(
+                f"load_official: num_attention_heads must be the {heads} of the bias table, got {num_attention_heads}"
+            )
+        settings["position_embedding_type"] = "relative"
+    else:
+        window = math.isqrt(max(shape("transformer.pos_embed", 3)[1] - 1, 0))
+        widths = {preset["hidden_size"]: preset["num_attention_heads"] for preset in PRESETS.values()}
+        heads = num_attention_heads if num_attention_heads is not None else widths.get(width, 0)
+        if not heads:
+            raise ValueError(
+                "load_official: num_attention_heads must be given (absolute positions do not tell it, and no preset "
+                f"has this width), got None for width {width}"
+            )
+        settings["position_embedding_type"] = "absolute"
+    settings |= {"num_attention_heads": heads, "image_size": window * settings["patch_size"]}
+
+    holds = {head: any(theirs in tensors for theirs, _ in names) for head, names in _HEADS.items()}
+    if holds["vqa"]:
+        kind = "vqa"
+        settings["num_labels"] = shape("vqa_classifier.3.weight", 2)[0]
+    elif holds["nlvr2"]:
+        kind = "nlvr2"
+        settings["num_labels"] = shape("nlvr2_classifier.3.weight", 2)[0]
+    elif holds["mlm"]:
+        kind = "pretrain" if holds["itm"] or holds["itc"] else "text"
+    elif holds["itc"]:
+        kind = "retrieval"
+        settings["has_itm_head"] = False
+    else:
+        raise ValueError(
+            "load_official: the checkpoint must hold the head of one of the tasks "
+            f"{sorted(KINDS)}, got none among {len(tensors)} tensors"
+        )
+    return kind, settings
+
+
+def _layers(tensors: Mapping[str, Tensor], name: str) -> list[int]:
+    pattern = re.compile(rf"transformer\.blocks\.(\d+)\.{re.escape(name)}")
+    return sorted(int(match.group(1)) for match in map(pattern.fullmatch, tensors) if match)
+
+
+def _names(config: MoMEConfig, heads: tuple[str, ...]) -> Iterator[tuple[str, str]]:
+    """(released, ours) names of all tensors of a model, in the released order."""
+    if config.position_embedding_type == "relative":
+        yield "relative_position_bias_table", "backbone.relative_position_bias.table"
+    for head in ("logit_scale", "vl_logit_scale"):
+        if head in heads:
+            yield from _HEADS[head]
+    yield "transformer.cls_token", "backbone.image_embeddings.cls_token"
+    if config.position_embedding_type == "absolute":
+        yield "transformer.pos_embed", "backbone.image_embeddings.position_embeddings"
+    for part in ("weight", "bias"):
+        yield f"transformer.patch_embed.proj.{part}", f"backbone.image_embeddings.projection.{part}"
+    for layer in range(config.num_hidden_layers):
+        theirs, ours = f"transformer.blocks.{layer}", f"backbone.blocks.{layer}"
+        if config.layer_scale_init_value is not None:
+            yield f"{theirs}.gamma_1", f"{ours}.attention_layer_scale"
+            yield f"{theirs}.gamma_2", f"{ours}.ffn_layer_scale"
+        for part in ("weight", "bias"):
+            yield f"{theirs}.norm1.{part}", f"{ours}.attention_norm.{part}"
+        for name in ("q_bias", "v_bias", "qkv.weight"):
+            yield f"{theirs}.attn.{name}", f"{ours}.attention.{name}"
+        for part in ("weight", "bias"):
+            yield f"{theirs}.attn.proj.{part}", f"{ours}.attention.projection.{part}"
+        experts = ("language", "vision", "vl") if layer >= config.first_vl_layer else ("language", "vision")
+        parameters = [(expert, "norm", f"norm2_{EXPERTS[expert]}") for expert in ("language", "vision")]
+        parameters += [(expert, fc, f"mlp_{EXPERTS[expert]}.{fc}") for expert in experts for fc in ("fc1", "fc2")]
+        parameters += [("vl", "norm", "norm2_vl")] if "vl" in experts else []
+        for expert, module, released in parameters:
+            for part in ("weight", "bias"):
+                yield f"{theirs}.{released}.{part}", f"{ours}.experts.{expert}.{module}.{part}"
+    for part in ("weight", "bias"):
+        yield f"transformer.norm.{part}", f"backbone.norm.{part}"
+    for table in ("word", "position", "token_type"):
+        yield f"text_embeddings.{table}_embeddings.weight", f"backbone.text_embeddings.{table}_embeddings.weight"
+    for part in ("weight", "bias"):
+        yield f"text_embeddings.LayerNorm.{part}", f"backbone.text_embeddings.norm.{part}"
+    yield "token_type_embeddings.weight", "backbone.modality_type_embeddings.weight"
+    for head in heads:
+        if head not in ("logit_scale", "vl_logit_scale"):
+            yield from _HEADS[head]
+
+
+def _kind_of_model(model: VLMoPreTrainedModel) -> str:
+    for kind, (model_class, _) in KINDS.items():
+        if any(base.__name__ == model_class for base in type(model).__mro__):
+            unsupported = {"pretrain": model.config.num_vl_layers == 0, "retrieval": getattr(model, "itm_head", None)}
+            if unsupported.get(kind):
+                raise ValueError(
+                    "save_official: model must have the heads of a released kind, got a "
+                    f"{type(model).__name__} with num_vl_layers={model.config.num_vl_layers}, "
+                    f"has_itm_head={model.config.has_itm_head}"
+                )
+            return kind
+    raise ValueError(
+        f"save_official: model must be one of {[kind.model_class for kind in KINDS.values()]}, "
+        f"got {type(model).__name__}"
+    )
+
+
+def _resize_positions(state: dict[str, Tensor], config: Any, image_size: int) -> Any:
+    """Resize the positions in `state` to another image size and return the configuration that goes with it."""
+    settings = {**config.to_dict(), "image_size": image_size}
+    resized = type(config)(**settings)
+    old, new = config.mome.window_size, resized.mome.window_size
+    if config.position_embedding_type == "relative":
+        name = "backbone.relative_position_bias.table"
+        state[name] = resize_relative_bias_table(state[name], old, new)
+    else:
+        name = "backbone.image_embeddings.position_embeddings"
+        state[name] = resize_absolute_positions(state[name], old, new)
+    return resized

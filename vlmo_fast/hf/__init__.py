@@ -1,0 +1,1 @@
+"""VLMo as Hugging Face transformers models: configuration and task heads around `vlmo_fast.MoMETransformer`."""
