@@ -274,7 +274,10 @@ def total_gradients(golden: str, dtype: torch.dtype) -> dict[str, Tensor | None]
         negative_text_ids=torch.from_numpy(z["itm.text_neg_idx"]),
     ).loss.backward()
     parameters = dict(model.named_parameters())
-    return {theirs: parameters[ours].grad for theirs, ours in official_names(model).items()}
+    return {
+        theirs: parameters[ours].grad if ours in parameters else None  # a buffer has no gradient
+        for theirs, ours in official_names(model).items()
+    }
 
 
 @golden_models

@@ -26,12 +26,13 @@ from vlmo_fast.data import (
     statement_oracles,
     tokenize,
 )
+from vlmo_fast.data.scenes import ONE_IMAGE_STATEMENT_TYPES, STATEMENT_TYPES
 
 NAMES = (
     "apple", "boat", "cup", "door", "egg", "flag", "gate", "hat",
     "inkpot", "jar", "kite", "lamp", "mug", "nut", "oar", "pen",
 )  # fmt: skip
-CONVERSE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
+ALL_STATEMENT_TYPES = (*STATEMENT_TYPES, *ONE_IMAGE_STATEMENT_TYPES)
 CODE = np.array([1 << 16, 1 << 8, 1], np.int32)
 CAPTION = re.compile(r"an? (\w+) (left of|right of|above|below) an? (\w+)")
 
@@ -141,7 +142,8 @@ def test_captions_are_true_and_twins_are_false(solid: SceneWorld) -> None:
         assert CAPTION.fullmatch(twin).groups() == (second, relation, first)
         assert not holds(image, second, relation, first)
         forms[NAMES.index(first) < NAMES.index(second), relation] += 1
-    assert len(forms) == 8  # both forms of all four relations
+    # What is on the left, or above, comes first; either object may be that.
+    assert set(forms) == {(ordered, relation) for ordered in (True, False) for relation in ("left of", "above")}
     assert min(forms.values()) > 10
 
 
@@ -158,10 +160,8 @@ def test_no_two_captions_of_a_batch_mean_the_same(shapes: SceneWorld, num_scenes
     batch = shapes.captions("train", num_scenes, rng=num_scenes, hard_fraction=hard_fraction)
     meanings = set()
     for caption in batch.captions:
-        first, relation, second = re.fullmatch(
-            r"a (\w+ \w+) (left of|right of|above|below) a (\w+ \w+)", caption
-        ).groups()
-        meanings.add((first, relation, second) if first < second else (second, CONVERSE[relation], first))
+        first, relation, second = re.fullmatch(r"a (\w+ \w+) (left of|above) a (\w+ \w+)", caption).groups()
+        meanings.add((first, relation, second))
     assert len(meanings) == len(set(batch.meanings.tolist())) == len(batch.images) == num_scenes
 
 
@@ -184,7 +184,7 @@ def test_gallery_holds_each_scene_once_with_its_canonical_caption(shapes: SceneW
     names = shapes.sprites.names
     for caption, twin, (i, j) in zip(gallery.captions, gallery.twins, gallery.objects.tolist(), strict=True):
         assert i < j
-        assert caption.startswith(f"a {names[i]} ")
+        assert {names[i], names[j]} == set(re.fullmatch(r"a (.*) (?:left of|above) a (.*)", caption).groups())
         assert sorted(caption.split()) == sorted(twin.split())
     assert digest(gallery) == digest(shapes.gallery("test"))
     assert len(shapes.gallery("validation").captions) == 320
@@ -310,6 +310,19 @@ def test_labels_follow_from_the_pixels(solid: SceneWorld) -> None:
     assert len(set(bits.values())) == 1
 
 
+def test_labels_of_one_image_statements_follow_from_the_pixels(solid: SceneWorld) -> None:
+    batch = solid.statements("train", 160, rng=0, types=ONE_IMAGE_STATEMENT_TYPES)
+    seen: Counter[tuple[str, bool, bool]] = Counter()
+    for pair, statement, label in zip(batch.image_index, batch.statements, batch.labels, strict=True):
+        match = re.fullmatch(r"the (left|right) image (shows|does not show) an? (\w+)", statement)
+        side, wording, x = match.groups()
+        shown = x in found(batch.images[pair[int(side == "right")]])
+        assert label == (shown == (wording == "shows")), statement
+        seen[side, wording == "shows", shown] += 1
+    assert len(seen) == 8
+    assert len(set(seen.values())) == 1
+
+
 @pytest.mark.parametrize("split", ["train", "validation", "test"])
 def test_no_two_of_text_left_and_right_tell_the_label(shapes: SceneWorld, split: str) -> None:
     batch = shapes.statements(split, 1600, rng=0)
@@ -363,7 +376,8 @@ def test_each_oracle_sees_its_own_part(shapes: SceneWorld) -> None:
 
 def test_vocabulary_is_all_the_words_and_no_others(solid: SceneWorld) -> None:
     texts = solid.captions("train", 256, rng=0).captions
-    texts += solid.questions("train", 1200, rng=0).questions + solid.statements("train", 1600, rng=0).statements
+    texts += solid.questions("train", 1200, rng=0).questions
+    texts += solid.statements("train", 3200, rng=0, types=ALL_STATEMENT_TYPES).statements
     assert solid.vocabulary() == sorted({word for text in texts for word in tokenize(text)})
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import os
 import re
-import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -183,13 +182,13 @@ def save_official(model: VLMoPreTrainedModel, path: str | os.PathLike[str]) -> N
     """
     target = Path(path)
     state = {name: tensor.cpu().contiguous() for name, tensor in official_state_dict(model).items()}
-    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.part")
     try:
-        with os.fdopen(handle, "wb") as file:
+        with temporary.open("xb") as file:
             torch.save({"state_dict": state}, file)
-        Path(temporary).replace(target)
+        temporary.replace(target)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
 
 
@@ -207,9 +206,7 @@ def _read(source: str | os.PathLike[str] | Mapping[str, Any]) -> dict[str, Tenso
                 f"load_official: {path} must be a readable torch checkpoint of tensors alone, got {error}"
             ) from error
         if not isinstance(loaded, Mapping):
-            raise ValueError(  # noqa: TRY004 - the file is at fault, not the argument's type
-                f"load_official: {path} must hold a dictionary, got {type(loaded).__name__}"
-            )
+            raise ValueError(f"load_official: {path} must hold a dictionary, got {type(loaded).__name__}")
     for wrapper in ("state_dict", "module", "model"):
         if isinstance(loaded.get(wrapper), Mapping):
             loaded = loaded[wrapper]
@@ -219,7 +216,10 @@ def _read(source: str | os.PathLike[str] | Mapping[str, Any]) -> dict[str, Tenso
         if not isinstance(name, str) or not isinstance(value, Tensor):
             kind = type(value).__name__
             raise ValueError(f"load_official: the checkpoint must map names to tensors, got {name!r} of type {kind}")
-        tensors[name.removeprefix("module.")] = value
+        name = name.removeprefix("module.")
+        if name in tensors:
+            raise ValueError(f"load_official: the checkpoint must hold each tensor once, got {name} twice")
+        tensors[name] = value
     return tensors
 
 
@@ -236,8 +236,8 @@ def _describe(tensors: Mapping[str, Tensor], num_attention_heads: int | None) ->
         return tensors[name].shape
 
     width = shape("transformer.cls_token", 3)[-1]
-    layers = _layers(tensors, "attn.qkv.weight")
-    vl_layers = _layers(tensors, "mlp_vl.fc1.weight")
+    layers = _layers(tensors, "")
+    vl_layers = _layers(tensors, r"(?:mlp|norm2)_vl\.")
     num_layers = len(layers)
     if layers != list(range(num_layers)) or vl_layers != layers[num_layers - len(vl_layers) :]:
         raise ValueError(
@@ -254,7 +254,7 @@ def _describe(tensors: Mapping[str, Tensor], num_attention_heads: int | None) ->
         "vocab_size": shape("text_embeddings.word_embeddings.weight", 2)[0],
         "max_text_length": shape("text_embeddings.position_embeddings.weight", 2)[0],
         "num_image_types": shape("token_type_embeddings.weight", 2)[0] - 1,
-        "layer_scale_init_value": 0.1 if "transformer.blocks.0.gamma_1" in tensors else None,
+        "layer_scale_init_value": 0.1 if _layers(tensors, "gamma_") else None,
     }
     if "relative_position_bias_table" in tensors:
         rows, columns = shape("relative_position_bias_table", 2)
@@ -270,6 +270,11 @@ def _describe(tensors: Mapping[str, Tensor], num_attention_heads: int | None) ->
                 f"load_official: num_attention_heads must be the {heads} of the bias table, got {num_attention_heads}"
             )
         settings["position_embedding_type"] = "relative"
+    elif "transformer.pos_embed" not in tensors:
+        raise ValueError(
+            "load_official: a VLMo checkpoint must hold relative_position_bias_table or transformer.pos_embed, got "
+            f"neither among {len(tensors)} tensors"
+        )
     else:
         window = math.isqrt(max(shape("transformer.pos_embed", 3)[1] - 1, 0))
         widths = {preset["hidden_size"]: preset["num_attention_heads"] for preset in PRESETS.values()}
@@ -280,6 +285,8 @@ def _describe(tensors: Mapping[str, Tensor], num_attention_heads: int | None) ->
                 f"has this width), got None for width {width}"
             )
         settings["position_embedding_type"] = "absolute"
+    if heads < 1 or width % heads:
+        raise ValueError(f"load_official: num_attention_heads must divide the width {width}, got {heads}")
     settings |= {"num_attention_heads": heads, "image_size": window * settings["patch_size"]}
 
     holds = {head: any(theirs in tensors for theirs, _ in names) for head, names in _HEADS.items()}
@@ -303,8 +310,9 @@ def _describe(tensors: Mapping[str, Tensor], num_attention_heads: int | None) ->
 
 
 def _layers(tensors: Mapping[str, Tensor], name: str) -> list[int]:
-    pattern = re.compile(rf"transformer\.blocks\.(\d+)\.{re.escape(name)}")
-    return sorted(int(match.group(1)) for match in map(pattern.fullmatch, tensors) if match)
+    """Indices of the blocks that hold a tensor whose name begins with the pattern `name`."""
+    pattern = re.compile(rf"transformer\.blocks\.(\d+)\.{name}")
+    return sorted({int(match.group(1)) for match in map(pattern.match, tensors) if match})
 
 
 def _names(config: MoMEConfig, heads: tuple[str, ...]) -> Iterator[tuple[str, str]]:
@@ -350,6 +358,17 @@ def _names(config: MoMEConfig, heads: tuple[str, ...]) -> Iterator[tuple[str, st
 
 
 def _kind_of_model(model: VLMoPreTrainedModel) -> str:
+    config = model.config.mome
+    if config.stem_patch_size is not None:
+        raise ValueError(
+            "save_official: model must project patches linearly, as the release does, got "
+            f"stem_patch_size={config.stem_patch_size}"
+        )
+    if config.position_embedding_type == "relative" and config.text_relative_span != TEXT_RELATIVE_SPAN:
+        raise ValueError(
+            f"save_official: model must have text_relative_span={TEXT_RELATIVE_SPAN}, as the release does, "
+            f"got {config.text_relative_span}"
+        )
     for kind, (model_class, _) in KINDS.items():
         if any(base.__name__ == model_class for base in type(model).__mro__):
             unsupported = {"pretrain": model.config.num_vl_layers == 0, "retrieval": getattr(model, "itm_head", None)}

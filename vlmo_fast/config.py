@@ -49,6 +49,9 @@ class MoMEConfig:
         num_vl_layers: number F of top blocks that hold a vision-language expert (0 to L).
         image_size: side of the square input image, pixels; a multiple of `patch_size`.
         patch_size: side of a square patch, pixels.
+        stem_patch_size: None projects the patches linearly, as the paper and the release do. A divisor of `patch_size`
+            projects patches of that size first, then GELU, then a second projection to `patch_size`: for small
+            networks trained from scratch.
         num_channels: channels of the image.
         vocab_size: entries of the text vocabulary.
         max_text_length: longest text, tokens, [CLS] and [SEP] included.
@@ -77,6 +80,7 @@ class MoMEConfig:
     num_vl_layers: int = 2
     image_size: int = 224
     patch_size: int = 16
+    stem_patch_size: int | None = None
     num_channels: int = 3
     vocab_size: int = 30522
     max_text_length: int = 40
@@ -130,6 +134,13 @@ class MoMEConfig:
             raise ValueError(
                 f"MoMEConfig: image_size must be a multiple of patch_size={self.patch_size}, got {self.image_size}"
             )
+        if self.stem_patch_size is not None:
+            if not _is_int(self.stem_patch_size):
+                raise TypeError(f"MoMEConfig: stem_patch_size must be an int or None, got {self.stem_patch_size!r}")
+            if self.stem_patch_size < 1 or self.patch_size % self.stem_patch_size:
+                raise ValueError(
+                    f"MoMEConfig: stem_patch_size must divide patch_size={self.patch_size}, got {self.stem_patch_size}"
+                )
         if self.num_vl_layers > self.num_hidden_layers:
             raise ValueError(
                 f"MoMEConfig: num_vl_layers must be at most num_hidden_layers={self.num_hidden_layers}, "

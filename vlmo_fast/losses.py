@@ -85,7 +85,9 @@ def hard_negative_probabilities(
             "hard_negative_probabilities: image_embeds and text_embeds must be at least 2 pairs, got "
             f"{len(image_embeds)} images and {len(text_embeds)} texts"
         )
-    logits = logit_scale * text_embeds @ image_embeds.t()  # (text, image)
+    dtype = torch.promote_types(image_embeds.dtype, torch.float32)
+    with torch.autocast(image_embeds.device.type, enabled=False):
+        logits = logit_scale.to(dtype) * (text_embeds.to(dtype) @ image_embeds.to(dtype).t())  # (text, image)
     own = torch.eye(len(logits), dtype=torch.bool, device=logits.device)
     logits = logits.masked_fill(own, float("-inf"))
     return logits.softmax(dim=1), logits.t().softmax(dim=1)
@@ -109,7 +111,7 @@ def sample_hard_negatives(
         ValueError: there is no other pair to draw from.
     """
     with torch.no_grad():
-        images, texts = hard_negative_probabilities(image_embeds.float(), text_embeds.float(), logit_scale.float())
+        images, texts = hard_negative_probabilities(image_embeds, text_embeds, logit_scale)
         image_ids = images.multinomial(1, generator=generator).squeeze(1)
         text_ids = texts.multinomial(1, generator=generator).squeeze(1)
     return HardNegatives(image_ids, text_ids)

@@ -12,7 +12,6 @@ Shape suffixes: B batch, T text tokens, P image tokens ([CLS] included), S token
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -135,6 +134,8 @@ class MoMETransformer(nn.Module):
             for parameter in (module.cls_token, module.mask_token, module.position_embeddings):
                 if parameter is not None:
                     nn.init.normal_(parameter, std=std)
+        elif isinstance(module, UnusedPositions):
+            nn.init.zeros_(module.weight)
         elif isinstance(module, RelativePositionBias):
             nn.init.zeros_(module.table)
         elif isinstance(module, Attention):
@@ -198,9 +199,9 @@ class MoMETransformer(nn.Module):
             parts.append(self.image_embeddings(pixel_values, window, bool_masked_pos) + image_type)  # (B, P, D)
         x = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]  # (B, S, D)
 
-        biases: tuple[Tensor | None, ...] = (None,) * len(self.blocks)
+        positions = None
         if self.relative_position_bias is not None:
-            biases = self.relative_position_bias(num_text, window).unbind()  # L x (heads, S, S)
+            positions = self.relative_position_bias.prepare(num_text, window)
         key_mask = _key_mask(attention_mask, x.shape[1])
 
         first_vl_layer = self.config.first_vl_layer
@@ -214,14 +215,14 @@ class MoMETransformer(nn.Module):
                 branch_point = x
             fuse = len(parts) > 1 and layer >= first_vl_layer
             groups = vl_group if fuse else own_groups
-            x = self._run_block(layer, x, groups, biases[layer], key_mask, cls_only)
+            x = self._run_block(layer, x, groups, positions, key_mask, cls_only)
             if output_hidden_states:
                 states.append(x)
 
         vl_states: list[Tensor] = []
         y = branch_point
         for layer in range(first_vl_layer, len(self.blocks)) if use_vl_branch else ():
-            y = self._run_block(layer, y, vl_group, biases[layer], key_mask, cls_only)
+            y = self._run_block(layer, y, vl_group, positions, key_mask, cls_only)
             if output_hidden_states:
                 vl_states.append(y)
 
@@ -245,15 +246,20 @@ class MoMETransformer(nn.Module):
         layer: int,
         x: Tensor,
         groups: tuple[TokenGroup, ...],
-        bias: Tensor | None,
+        positions: tuple[Tensor, Tensor] | None,
         key_mask: Tensor | None,
         cls_only: bool,
     ) -> Tensor:
-        block: Callable[..., Tensor] = self.blocks[layer]
-        arguments = (x, groups, bias, key_mask, cls_only and layer == len(self.blocks) - 1)
+        def run(x: Tensor) -> Tensor:
+            bias = None
+            if self.relative_position_bias is not None and positions is not None:
+                bias = self.relative_position_bias(layer, *positions)  # (heads, S, S); recomputed, not kept
+            output: Tensor = self.blocks[layer](x, groups, bias, key_mask, cls_only and layer == len(self.blocks) - 1)
+            return output
+
         if self.gradient_checkpointing and torch.is_grad_enabled():
-            return checkpoint(block, *arguments, use_reentrant=False)
-        return block(*arguments)
+            return checkpoint(run, x, use_reentrant=False)
+        return run(x)
 
     def _window(self, pixel_values: Tensor, interpolate: bool) -> int:
         """Patches along a side of these images."""
@@ -325,6 +331,8 @@ class MoMETransformer(nn.Module):
                 in_range = IMAGE_TYPE <= image_type_ids <= last_type
             else:
                 assert pixel_values is not None
+                if image_type_ids.dtype not in (torch.int64, torch.int32):
+                    fail("image_type_ids", "be int64 or int32", image_type_ids.dtype, TypeError)
                 if image_type_ids.shape != (len(pixel_values),):
                     fail("image_type_ids", f"be an int or ({len(pixel_values)},)", tuple(image_type_ids.shape))
                 in_range = not _values_are_visible(image_type_ids) or bool(
@@ -368,21 +376,36 @@ class TextEmbeddings(nn.Module):
     def __init__(self, config: MoMEConfig) -> None:
         super().__init__()
         self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.position_embeddings = nn.Embedding(config.max_text_length, config.hidden_size)
+        self.adds_positions = config.position_embedding_type == "absolute"
+        self.position_embeddings: nn.Embedding | UnusedPositions
+        if self.adds_positions:
+            self.position_embeddings = nn.Embedding(config.max_text_length, config.hidden_size)
+        else:
+            self.position_embeddings = UnusedPositions(config)
         self.token_type_embeddings = nn.Embedding(
             2, config.hidden_size
         )  # BERT's two segments; VLMo's text is the first
         self.norm = nn.LayerNorm(config.hidden_size, config.text_layer_norm_eps)
         self.dropout = nn.Dropout(config.text_embedding_dropout)
-        self.adds_positions = config.position_embedding_type == "absolute"
-        # Released checkpoints with relative positions carry this tensor, never used nor trained; it is kept for them.
-        self.position_embeddings.requires_grad_(self.adds_positions)
 
     def forward(self, input_ids: Tensor) -> Tensor:
         x = self.word_embeddings(input_ids) + self.token_type_embeddings.weight[0]
         if self.adds_positions:
             x = x + self.position_embeddings.weight[: input_ids.shape[1]]
         return self.dropout(self.norm(x))  # (B, T, D)
+
+
+class UnusedPositions(nn.Module):
+    """Text positions in a model with relative ones: released checkpoints carry them, never used nor trained.
+
+    Kept as a buffer, so that checkpoints round-trip to the bit.
+    """
+
+    weight: Tensor
+
+    def __init__(self, config: MoMEConfig) -> None:
+        super().__init__()
+        self.register_buffer("weight", torch.zeros(config.max_text_length, config.hidden_size))
 
 
 class ImageEmbeddings(nn.Module):
@@ -392,7 +415,12 @@ class ImageEmbeddings(nn.Module):
         super().__init__()
         width, patch = config.hidden_size, config.patch_size
         self.window_size = config.window_size
-        self.projection = nn.Conv2d(config.num_channels, width, kernel_size=patch, stride=patch)
+        self.stem: nn.Conv2d | None = None
+        channels = config.num_channels
+        if config.stem_patch_size is not None:
+            self.stem = _patch_projection(channels, width, config.stem_patch_size)
+            channels, patch = width, patch // config.stem_patch_size
+        self.projection = _patch_projection(channels, width, patch)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width)) if add_mask_token else None
         self.position_embeddings: nn.Parameter | None = None
@@ -400,6 +428,8 @@ class ImageEmbeddings(nn.Module):
             self.position_embeddings = nn.Parameter(torch.zeros(1, config.num_image_tokens, width))
 
     def forward(self, pixel_values: Tensor, window_size: int, bool_masked_pos: Tensor | None) -> Tensor:
+        if self.stem is not None:
+            pixel_values = F.gelu(self.stem(pixel_values))
         patches = self.projection(pixel_values).flatten(2).transpose(1, 2)  # (B, P - 1, D), row-major
         if bool_masked_pos is not None:
             if bool_masked_pos.shape != patches.shape[:2]:
@@ -413,6 +443,11 @@ class ImageEmbeddings(nn.Module):
         if self.position_embeddings is not None:
             x = x + resize_absolute_positions(self.position_embeddings, self.window_size, window_size)
         return x
+
+
+def _patch_projection(num_channels: int, width: int, patch_size: int) -> nn.Conv2d:
+    """A linear map of each patch."""
+    return nn.Conv2d(num_channels, width, kernel_size=patch_size, stride=patch_size)
 
 
 class MoMEBlock(nn.Module):

@@ -102,26 +102,33 @@ class RelativePositionBias(nn.Module):
         self.window_size, self.text_span = window_size, text_span
         self.table = nn.Parameter(torch.zeros(num_relative_positions(window_size, text_span), num_layers * num_heads))
 
-    def forward(self, num_text_tokens: int, window_size: int | None) -> Tensor:
-        """Biases of a sequence [text ; image], for all layers.
+    def prepare(self, num_text_tokens: int, window_size: int | None) -> tuple[Tensor, Tensor]:
+        """What all layers of one forward share.
 
         Args:
-            num_text_tokens: text tokens, 0 for an image alone.
+            num_text_tokens: text tokens of the sequence [text ; image], 0 for an image alone.
             window_size: patches along a side of the image; None for a text alone. Where it is not the table's own,
                 the table is resized on the fly (differentiably).
 
         Returns:
-            (L, heads, S, S), added to the attention scores.
+            The table, (rows, L * heads), and the row of each (query, key), (S, S) int64.
         """
         window = self.window_size if window_size is None else window_size
         table = resize_relative_bias_table(self.table, self.window_size, window)
         index = relative_position_index(
             num_text_tokens, window, self.text_span, with_image=window_size is not None, device=table.device
         )
-        # Gathered along the contiguous axis of the transpose, five times faster on a CPU than an embedding lookup and a
-        # permutation (docs/log.md).
-        bias = table.t().index_select(1, index.flatten())  # (L * heads, S * S)
-        return bias.view(self.num_layers, self.num_heads, *index.shape)
+        return table, index
+
+    def forward(self, layer: int, table: Tensor, index: Tensor) -> Tensor:
+        """Biases of one layer, (heads, S, S), from what `prepare` returned.
+
+        Layer by layer, since those of all layers at once take over a gigabyte (large, 480 px). They are gathered along
+        the contiguous axis of the transpose, which a CPU does several times faster than an embedding lookup and a
+        permutation (docs/log.md).
+        """
+        columns = table[:, layer * self.num_heads : (layer + 1) * self.num_heads].t().contiguous()
+        return columns.index_select(1, index.flatten()).view(self.num_heads, *index.shape)
 
 
 def resize_relative_bias_table(table: Tensor, window_size: int, new_window_size: int) -> Tensor:

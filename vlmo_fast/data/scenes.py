@@ -33,7 +33,7 @@ import numpy.typing as npt
 from .oracles import majority_accuracy
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
 Split: TypeAlias = Literal["train", "validation", "test"]
 IntArray: TypeAlias = npt.NDArray[np.int64]
@@ -47,16 +47,27 @@ ATTRIBUTION = (
 SPLITS: tuple[Split, ...] = get_args(Split)
 RELATIONS = ("left of", "right of", "above", "below")  # relation r ^ 1 is the converse of r
 QUESTION_TYPES = ("neighbour", "relation", "presence")
-STATEMENT_TYPES = ("presence", "side")
+STATEMENT_TYPES = ("presence", "side")  # balanced: two of the three inputs never tell
+ONE_IMAGE_STATEMENT_TYPES = ("left", "right")  # easier, to learn from: one image and the statement tell
 
 _QUESTIONS = {
     "neighbour": "what is {relation} the {x} ?",
     "relation": "is the {x} {relation} the {y} ?",
     "presence": "is there {a_x} ?",
 }
-_STATEMENTS = {  # true when the bits of the two images differ; true when they agree
+_STATEMENTS = {  # the statement and its negation
     "presence": ("exactly one image shows {a_x}", "both images or neither show {a_x}"),
     "side": ("the {x} is on different sides in the two images", "the {x} is on the same side in both images"),
+    "left": ("the left image shows {a_x}", "the left image does not show {a_x}"),
+    "right": ("the right image shows {a_x}", "the right image does not show {a_x}"),
+}
+_TRUTH: dict[
+    str, Callable[[IntArray, IntArray], IntArray]
+] = {  # of the first wording, given the bit of the left and of the right image
+    "presence": np.bitwise_xor,
+    "side": np.bitwise_xor,
+    "left": lambda left, right: left,
+    "right": lambda left, right: right,
 }
 
 # CLDR short names of one word, drawn so that they differ at 24 pixels.
@@ -214,7 +225,7 @@ class Captions(Scenes):
         layouts: index into `RELATIONS` of the first object's place to the second, (M,) int64.
         captions: one true caption a scene, M of them.
         twins: the same captions with the two objects exchanged: false, of the same words.
-        meanings: one number for all captions that are true of the same scene, (M,) int64.
+        meanings: one number for each two objects in one layout, (M,) int64.
     """
 
     layouts: IntArray
@@ -314,8 +325,8 @@ class SceneWorld:
                 come first, in runs of four scenes of the same two objects. The rest is drawn at random.
 
         Returns:
-            The scenes; each caption is one of the two forms ("a melon left of a boar", "a boar right of a melon") at
-            random.
+            The scenes; a caption names the object on the left, or above, first: "a melon left of a boar", never "a boar
+            right of a melon".
 
         Raises:
             ValueError: `num_scenes` exceeds four times the pairs of the split, or `hard_fraction` is not in [0, 1].
@@ -330,18 +341,17 @@ class SceneWorld:
         order = rng.permutation(len(pairs))
         easy = 4 * num_hard + rng.permutation(4 * (len(pairs) - num_hard))[: num_scenes - 4 * num_hard]
         slots = np.concatenate([np.arange(4 * num_hard), easy])  # (num_scenes,), all different
-        return self._captioned(pairs[order[slots // 4]], slots % 4, rng.integers(0, 2, num_scenes), rng)
+        return self._captioned(pairs[order[slots // 4]], slots % 4, rng)
 
     def gallery(self, split: Split) -> Captions:
         """All scenes of a split in one fixed rendering: P pairs x four layouts, each with its canonical caption.
 
-        Every query has exactly one right item: the caption names the object that comes first among the sprites first,
-        so the synonym does not occur.
+        Every query has exactly one right item.
         """
         pairs = self._pairs[_checked_split("gallery", split)]
         rng = np.random.Generator(np.random.PCG64([self.seed, SPLITS.index(split)]))
         layouts = np.tile(np.arange(4), len(pairs))
-        return self._captioned(np.repeat(pairs, 4, axis=0), layouts, np.zeros_like(layouts), rng)
+        return self._captioned(np.repeat(pairs, 4, axis=0), layouts, rng)
 
     def questions(
         self,
@@ -413,6 +423,8 @@ class SceneWorld:
         - presence: whether an object is shown; "exactly one image shows a boar", "both images or neither show a boar".
         - side: on which side an object is that both show; "the boar is on different sides in the two images", "the boar
           is on the same side in both images".
+        - left, right: "the left image shows a boar", "the left image does not show a boar". One image settles these;
+          they are there to learn from, not to be measured by.
 
         Args:
             split: which pairs of objects; each picture shows one.
@@ -428,7 +440,7 @@ class SceneWorld:
         """
         rng = _generator(rng)
         pairs = self._pairs[_checked_split("statements", split)]
-        _check_blocks("statements", num_statements, 8, types, STATEMENT_TYPES)
+        _check_blocks("statements", num_statements, 8, types, tuple(_STATEMENTS))
         if np.bincount(pairs.ravel()).max() == len(pairs):
             raise ValueError(f"statements: split must have pairs without an object in common, got {split!r}")
         kinds = [types[n % len(types)] for n in range(num_statements // 8)]
@@ -446,7 +458,9 @@ class SceneWorld:
                 statements += [self._fill(wording, x)] * 4
         objects = np.array(shown)
         images, boxes = self._render(objects, self._pair_origins(np.array(layouts), rng), rng)
-        agree, left, right = np.unravel_index(np.arange(num_statements) % 8, (2, 2, 2))
+        negated, left, right = np.unravel_index(np.arange(8), (2, 2, 2))
+        labels = np.concatenate([_TRUTH[kind](left, right) ^ negated for kind in kinds])
+        left, right = np.tile(left, len(kinds)), np.tile(right, len(kinds))
         block = np.arange(num_statements) // 8 * 4
         return Statements(
             images=images,
@@ -454,7 +468,7 @@ class SceneWorld:
             boxes=boxes,
             image_index=np.stack([block + left, block + 2 + right], axis=1),
             statements=statements,
-            labels=(left ^ right ^ agree).astype(bool),
+            labels=labels.astype(bool),
             types=[kind for kind in kinds for _ in range(8)],
         )
 
@@ -548,13 +562,13 @@ class SceneWorld:
         asked = [self._fill(_QUESTIONS[kind], a, b, RELATIONS[relation]) for a, b in ((x, p), (p, x))]
         return pictures, asked, ["yes", "no"]
 
-    def _captioned(self, pairs: IntArray, layouts: IntArray, forms: IntArray, rng: np.random.Generator) -> Captions:
-        """Render and caption scenes; form 0 names the first object first, form 1 the second one."""
+    def _captioned(self, pairs: IntArray, layouts: IntArray, rng: np.random.Generator) -> Captions:
+        """Render and caption scenes; the object on the left, or above, is named first."""
         images, boxes = self._render(pairs, self._pair_origins(layouts, rng), rng)
         captions, twins = [], []
-        for (i, j), layout, form in zip(pairs.tolist(), layouts.tolist(), forms.tolist(), strict=True):
-            a, b = (self._fill("{a_x}", k) for k in ((j, i) if form else (i, j)))
-            relation = RELATIONS[layout ^ form]
+        for (i, j), layout in zip(pairs.tolist(), layouts.tolist(), strict=True):
+            a, b = (self._fill("{a_x}", k) for k in ((j, i) if layout % 2 else (i, j)))
+            relation = RELATIONS[layout - layout % 2]
             captions.append(f"{a} {relation} {b}")
             twins.append(f"{b} {relation} {a}")
         return Captions(

@@ -34,6 +34,7 @@ class VLMoConfig(PreTrainedConfig):
     num_vl_layers: int = 2
     image_size: int = 224
     patch_size: int = 16
+    stem_patch_size: int | None = None
     num_channels: int = 3
     vocab_size: int = 30522
     max_text_length: int = 40

@@ -134,6 +134,9 @@ class VLMoPreTrainedModel(PreTrainedModel):
 
     def _init_weights(self, module: nn.Module) -> None:
         self.backbone.init_weights(module)
+        for name in ("logit_scale", "vl_logit_scale"):
+            if isinstance(module, VLMoPreTrainedModel) and hasattr(module, name):
+                nn.init.constant_(getattr(module, name), self.config.logit_scale_init_value)
 
     def get_input_embeddings(self) -> nn.Module:
         """The word embeddings."""
@@ -144,6 +147,21 @@ class VLMoPreTrainedModel(PreTrainedModel):
         assert isinstance(value, nn.Embedding)
         self.backbone.text_embeddings.word_embeddings = value
 
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
+        """As in transformers; the backbone then takes the new ids too."""
+        embeddings: nn.Embedding = super().resize_token_embeddings(*args, **kwargs)
+        self.backbone.config = self.config.mome
+        return embeddings
+
+    def get_output_embeddings(self) -> nn.Linear | None:
+        """The decoder over the vocabulary, in models that predict words."""
+        head = getattr(self, "mlm_head", None)
+        return None if head is None else head.decoder
+
+    def set_output_embeddings(self, value: nn.Linear) -> None:
+        """Replace the decoder over the vocabulary."""
+        self.mlm_head.decoder = value
+
     def _fail(self, argument: str, rule: str, actual: object) -> NoReturn:
         raise ValueError(f"{type(self).__name__}: {argument} must {rule}, got {actual}")
 
@@ -153,14 +171,14 @@ class _DualEncoder(VLMoPreTrainedModel):
 
     @can_return_tuple
     def get_image_features(
-        self, pixel_values: Tensor, interpolate_pos_encoding: bool = False, **kwargs: Any
+        self, pixel_values: Tensor, interpolate_pos_encoding: bool = False, output_hidden_states: bool = False
     ) -> BaseModelOutputWithPooling:
         """Encode images alone.
 
         Args:
             pixel_values: (B, C, H, W) float.
             interpolate_pos_encoding: accept images of another size.
-            **kwargs: `output_hidden_states`, `return_dict`.
+            output_hidden_states: return the hidden states.
 
         Returns:
             `last_hidden_state` (B, P, D), and as `pooler_output` the unit-norm contrastive embedding (B, D).
@@ -168,25 +186,25 @@ class _DualEncoder(VLMoPreTrainedModel):
         output = self.backbone(
             pixel_values=pixel_values,
             interpolate_pos_encoding=interpolate_pos_encoding,
-            output_hidden_states=bool(kwargs.get("output_hidden_states")),
+            output_hidden_states=output_hidden_states,
         )
         return BaseModelOutputWithPooling(output.last_hidden_state, output.image_embeds, output.hidden_states)
 
     @can_return_tuple
     def get_text_features(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, output_hidden_states: bool = False
     ) -> BaseModelOutputWithPooling:
         """Encode texts alone.
 
         Args:
             input_ids: (B, T) integers.
             attention_mask: (B, T), 1 for real tokens, or None.
-            **kwargs: `output_hidden_states`, `return_dict`.
+            output_hidden_states: return the hidden states.
 
         Returns:
             `last_hidden_state` (B, T, D), and as `pooler_output` the unit-norm contrastive embedding (B, D).
         """
-        output = self.backbone(input_ids, attention_mask, output_hidden_states=bool(kwargs.get("output_hidden_states")))
+        output = self.backbone(input_ids, attention_mask, output_hidden_states=output_hidden_states)
         return BaseModelOutputWithPooling(output.last_hidden_state, output.text_embeds, output.hidden_states)
 
 
@@ -212,7 +230,7 @@ class VLMoForPreTraining(_DualEncoder):
         mlm_labels: Tensor | None = None,
         negative_image_ids: Tensor | None = None,
         negative_text_ids: Tensor | None = None,
-        **kwargs: Any,
+        interpolate_pos_encoding: bool = False,
     ) -> VLMoPreTrainingOutput:
         """One pre-training step on B matching pairs.
 
@@ -224,7 +242,7 @@ class VLMoForPreTraining(_DualEncoder):
             mlm_labels: (B, T), the original ids at the positions to predict, -100 elsewhere.
             negative_image_ids: (B,) for each text an image that is not its own; None draws it from the similarities.
             negative_text_ids: (B,) for each image a text that is not its own; None draws it from the similarities.
-            **kwargs: `return_dict`.
+            interpolate_pos_encoding: accept images of another size.
 
         Returns:
             `VLMoPreTrainingOutput`.
@@ -239,7 +257,12 @@ class VLMoForPreTraining(_DualEncoder):
         if (negative_image_ids is None) != (negative_text_ids is None):
             self._fail("negative_image_ids and negative_text_ids", "come together", "one of them")
         use_vl_branch = self.config.num_vl_layers > 0
-        image = self.backbone(pixel_values=pixel_values, use_vl_branch=use_vl_branch, cls_only=True)
+        image = self.backbone(
+            pixel_values=pixel_values,
+            use_vl_branch=use_vl_branch,
+            interpolate_pos_encoding=interpolate_pos_encoding,
+            cls_only=True,
+        )
         text = self.backbone(input_ids, attention_mask, use_vl_branch=use_vl_branch, cls_only=True)
         scale = self.logit_scale.exp()
         itc_loss = ops.contrastive_loss(image.image_embeds, text.text_embeds, scale)
@@ -256,6 +279,7 @@ class VLMoForPreTraining(_DualEncoder):
             torch.cat([input_ids, input_ids, input_ids[negative_text_ids]]),
             torch.cat([mask, mask, mask[negative_text_ids]]),
             torch.cat([pixel_values, pixel_values[negative_image_ids], pixel_values]),
+            interpolate_pos_encoding=interpolate_pos_encoding,
             cls_only=True,
         )
         itm_logits = self.itm_head(pairs.pooler_output)
@@ -264,7 +288,9 @@ class VLMoForPreTraining(_DualEncoder):
 
         mlm_logits = mlm_loss = None
         if input_ids_masked is not None and mlm_labels is not None:
-            fused = self.backbone(input_ids_masked, attention_mask, pixel_values)
+            fused = self.backbone(
+                input_ids_masked, attention_mask, pixel_values, interpolate_pos_encoding=interpolate_pos_encoding
+            )
             mlm_logits = self.mlm_head(fused.last_hidden_state[:, : input_ids_masked.shape[1]])
             mlm_loss = losses.masked_token_loss(mlm_logits, mlm_labels)
             loss = loss + self.config.mlm_loss_weight * mlm_loss
@@ -293,14 +319,6 @@ class VLMoForMaskedLM(VLMoPreTrainedModel):
         self.mlm_head = MaskedLMHead(config)
         self.post_init()
 
-    def get_output_embeddings(self) -> nn.Linear:
-        """The decoder over the vocabulary."""
-        return self.mlm_head.decoder
-
-    def set_output_embeddings(self, value: nn.Linear) -> None:
-        """Replace the decoder over the vocabulary."""
-        self.mlm_head.decoder = value
-
     @can_return_tuple
     def forward(
         self,
@@ -308,7 +326,8 @@ class VLMoForMaskedLM(VLMoPreTrainedModel):
         attention_mask: Tensor | None = None,
         pixel_values: Tensor | None = None,
         labels: Tensor | None = None,
-        **kwargs: Any,
+        interpolate_pos_encoding: bool = False,
+        output_hidden_states: bool = False,
     ) -> MaskedLMOutput:
         """Predict masked tokens.
 
@@ -317,13 +336,18 @@ class VLMoForMaskedLM(VLMoPreTrainedModel):
             attention_mask: (B, T), 1 for real tokens, or None.
             pixel_values: (B, C, H, W) for pairs, or None for texts alone.
             labels: (B, T), the original ids at the positions to predict, -100 elsewhere.
-            **kwargs: `output_hidden_states`, `return_dict`.
+            interpolate_pos_encoding: accept images of another size.
+            output_hidden_states: return the hidden states.
 
         Returns:
             `loss` (nats) where labels are given, and `logits` (B, T, vocab_size).
         """
         output = self.backbone(
-            input_ids, attention_mask, pixel_values, output_hidden_states=bool(kwargs.get("output_hidden_states"))
+            input_ids,
+            attention_mask,
+            pixel_values,
+            interpolate_pos_encoding=interpolate_pos_encoding,
+            output_hidden_states=output_hidden_states,
         )
         logits = self.mlm_head(output.last_hidden_state[:, : input_ids.shape[1]])
         loss = None if labels is None else losses.masked_token_loss(logits, labels)
@@ -345,7 +369,12 @@ class VLMoForMaskedImageModeling(VLMoPreTrainedModel):
 
     @can_return_tuple
     def forward(
-        self, pixel_values: Tensor, bool_masked_pos: Tensor, labels: Tensor | None = None, **kwargs: Any
+        self,
+        pixel_values: Tensor,
+        bool_masked_pos: Tensor,
+        labels: Tensor | None = None,
+        interpolate_pos_encoding: bool = False,
+        output_hidden_states: bool = False,
     ) -> MaskedLMOutput:
         """Predict the visual tokens of masked patches.
 
@@ -353,7 +382,8 @@ class VLMoForMaskedImageModeling(VLMoPreTrainedModel):
             pixel_values: (B, C, H, W) float.
             bool_masked_pos: (B, patches) bool, True for masked patches.
             labels: (B, patches) int64 visual tokens; those of masked patches count.
-            **kwargs: `output_hidden_states`, `return_dict`.
+            interpolate_pos_encoding: accept images of another size.
+            output_hidden_states: return the hidden states.
 
         Returns:
             `loss` (nats) where labels are given, and `logits` (B, patches, image_vocab_size).
@@ -361,7 +391,8 @@ class VLMoForMaskedImageModeling(VLMoPreTrainedModel):
         output = self.backbone(
             pixel_values=pixel_values,
             bool_masked_pos=bool_masked_pos,
-            output_hidden_states=bool(kwargs.get("output_hidden_states")),
+            interpolate_pos_encoding=interpolate_pos_encoding,
+            output_hidden_states=output_hidden_states,
         )
         logits = self.mim_head(output.last_hidden_state[:, 1:])
         loss = None
@@ -389,7 +420,7 @@ class VLMoForImageTextRetrieval(_DualEncoder):
         use_itm_head: bool = False,
         return_loss: bool = False,
         labels: Tensor | None = None,
-        **kwargs: Any,
+        interpolate_pos_encoding: bool = False,
     ) -> VLMoImageTextRetrievalOutput:
         """Score images against texts.
 
@@ -400,7 +431,7 @@ class VLMoForImageTextRetrieval(_DualEncoder):
             use_itm_head: score pairs (N = M) with the fusion encoder instead of all N x M by their embeddings.
             return_loss: contrastive loss of N = M matching pairs.
             labels: (B,) int64, 1 for matching pairs; gives the loss of `use_itm_head`.
-            **kwargs: `interpolate_pos_encoding`, `return_dict`.
+            interpolate_pos_encoding: accept images of another size.
 
         Returns:
             `VLMoImageTextRetrievalOutput`.
@@ -408,12 +439,15 @@ class VLMoForImageTextRetrieval(_DualEncoder):
         Raises:
             ValueError: the model has no matching head, or a loss was asked for that the arguments do not allow.
         """
-        interpolate = bool(kwargs.get("interpolate_pos_encoding"))
         if use_itm_head:
             if self.itm_head is None:
                 self._fail("use_itm_head", "be False where config.has_itm_head is", True)
             fused = self.backbone(
-                input_ids, attention_mask, pixel_values, interpolate_pos_encoding=interpolate, cls_only=True
+                input_ids,
+                attention_mask,
+                pixel_values,
+                interpolate_pos_encoding=interpolate_pos_encoding,
+                cls_only=True,
             )
             score = self.itm_head(fused.pooler_output)
             loss = None if labels is None else F.cross_entropy(score, labels)
@@ -421,7 +455,7 @@ class VLMoForImageTextRetrieval(_DualEncoder):
         if labels is not None:
             self._fail("labels", "come with use_itm_head=True (the contrastive loss takes return_loss=True)", "False")
         images = self.backbone(
-            pixel_values=pixel_values, interpolate_pos_encoding=interpolate, cls_only=True
+            pixel_values=pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, cls_only=True
         ).image_embeds
         texts = self.backbone(input_ids, attention_mask, cls_only=True).text_embeds
         scale = self.logit_scale.exp()
@@ -451,7 +485,8 @@ class VLMoForQuestionAnswering(VLMoPreTrainedModel):
         pixel_values: Tensor,
         attention_mask: Tensor | None = None,
         labels: Tensor | None = None,
-        **kwargs: Any,
+        interpolate_pos_encoding: bool = False,
+        output_hidden_states: bool = False,
     ) -> SequenceClassifierOutput:
         """Answer questions about images.
 
@@ -460,7 +495,8 @@ class VLMoForQuestionAnswering(VLMoPreTrainedModel):
             pixel_values: (B, C, H, W) float.
             attention_mask: (B, T), 1 for real tokens, or None.
             labels: (B, num_labels) soft scores in [0, 1].
-            **kwargs: `interpolate_pos_encoding`, `output_hidden_states`, `return_dict`.
+            interpolate_pos_encoding: accept images of another size.
+            output_hidden_states: return the hidden states.
 
         Returns:
             `loss` (binary cross-entropy times num_labels) where labels are given, and `logits` (B, num_labels).
@@ -473,9 +509,9 @@ class VLMoForQuestionAnswering(VLMoPreTrainedModel):
             input_ids,
             attention_mask,
             pixel_values,
-            interpolate_pos_encoding=bool(kwargs.get("interpolate_pos_encoding")),
-            cls_only=not kwargs.get("output_hidden_states"),
-            output_hidden_states=bool(kwargs.get("output_hidden_states")),
+            interpolate_pos_encoding=interpolate_pos_encoding,
+            cls_only=not output_hidden_states,
+            output_hidden_states=output_hidden_states,
         )
         logits = self.classifier(output.pooler_output)
         loss = None if labels is None else losses.answer_loss(logits, labels)
@@ -502,7 +538,7 @@ class VLMoForImagesAndTextClassification(VLMoPreTrainedModel):
         pixel_values: Tensor,
         attention_mask: Tensor | None = None,
         labels: Tensor | None = None,
-        **kwargs: Any,
+        interpolate_pos_encoding: bool = False,
     ) -> SequenceClassifierOutput:
         """Judge statements about two images.
 
@@ -511,7 +547,7 @@ class VLMoForImagesAndTextClassification(VLMoPreTrainedModel):
             pixel_values: (B, 2, C, H, W) float.
             attention_mask: (B, T), 1 for real tokens, or None.
             labels: (B,) int64 classes.
-            **kwargs: `interpolate_pos_encoding`, `return_dict`.
+            interpolate_pos_encoding: accept images of another size.
 
         Returns:
             `loss` (nats) where labels are given, and `logits` (B, num_labels).
@@ -525,7 +561,7 @@ class VLMoForImagesAndTextClassification(VLMoPreTrainedModel):
             None if attention_mask is None else attention_mask.repeat(self.num_images, 1),
             pixel_values.transpose(0, 1).flatten(0, 1),
             image_type_ids=image_types.repeat_interleave(batch_size),
-            interpolate_pos_encoding=bool(kwargs.get("interpolate_pos_encoding")),
+            interpolate_pos_encoding=interpolate_pos_encoding,
             cls_only=True,
         )
         pooled = torch.cat(output.pooler_output.split(batch_size), dim=1)  # (B, 2 D)
@@ -546,21 +582,28 @@ class VLMoForImageClassification(VLMoPreTrainedModel):
         self.post_init()
 
     @can_return_tuple
-    def forward(self, pixel_values: Tensor, labels: Tensor | None = None, **kwargs: Any) -> ImageClassifierOutput:
+    def forward(
+        self,
+        pixel_values: Tensor,
+        labels: Tensor | None = None,
+        interpolate_pos_encoding: bool = False,
+        output_hidden_states: bool = False,
+    ) -> ImageClassifierOutput:
         """Classify images.
 
         Args:
             pixel_values: (B, C, H, W) float.
             labels: (B,) int64 classes.
-            **kwargs: `interpolate_pos_encoding`, `output_hidden_states`, `return_dict`.
+            interpolate_pos_encoding: accept images of another size.
+            output_hidden_states: return the hidden states.
 
         Returns:
             `loss` (nats) where labels are given, and `logits` (B, num_labels).
         """
         output = self.backbone(
             pixel_values=pixel_values,
-            interpolate_pos_encoding=bool(kwargs.get("interpolate_pos_encoding")),
-            output_hidden_states=bool(kwargs.get("output_hidden_states")),
+            interpolate_pos_encoding=interpolate_pos_encoding,
+            output_hidden_states=output_hidden_states,
         )
         logits = self.classifier(output.last_hidden_state[:, 1:].mean(dim=1))
         loss = None if labels is None else F.cross_entropy(logits, labels)

@@ -67,10 +67,11 @@ def attention(
                 f"attention: key_mask must be (B, S_k) = {(key.shape[0], key.shape[2])}, got {tuple(key_mask.shape)}"
             )
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    needs_grad = torch.is_grad_enabled() and (query.requires_grad or (bias is not None and bias.requires_grad))
+    needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (query, key, value, bias))
     problem = Problem(query.device.type, query.dtype, needs_grad, query.shape[-1])
     if select("attention", problem, backend) == "eager":
-        return reference.attention(query, key, value, bias, key_mask, scale)
+        with torch.autocast(query.device.type, enabled=False):  # scores and softmax stay in float32
+            return reference.attention(query, key, value, bias, key_mask, scale)
     return _sdpa(query, key, value, bias, key_mask, scale)
 
 
@@ -104,7 +105,7 @@ def contrastive_loss(
         backend: "auto" or "eager".
 
     Returns:
-        0-d loss in nats.
+        0-d loss in nats, computed in float32, or in float64 for float64 embeddings.
 
     Raises:
         ValueError: shapes or devices disagree, or the backend is unknown.
@@ -128,4 +129,5 @@ def contrastive_loss(
     if logit_scale.ndim:
         raise ValueError(f"contrastive_loss: logit_scale must be 0-d, got shape {tuple(logit_scale.shape)}")
     select("contrastive_loss", Problem(image_embeds.device.type, image_embeds.dtype), backend)
-    return reference.contrastive_loss(image_embeds, text_embeds, logit_scale)
+    with torch.autocast(image_embeds.device.type, enabled=False):
+        return reference.contrastive_loss(image_embeds, text_embeds, logit_scale)

@@ -35,7 +35,8 @@ def attention(
 
 
 def contrastive_loss(image_embeds: Tensor, text_embeds: Tensor, logit_scale: Tensor) -> Tensor:
-    """Symmetric cross-entropy of the (N, N) similarity matrix against its diagonal."""
-    logits = logit_scale * image_embeds @ text_embeds.t()  # (N, N)
+    """Symmetric cross-entropy of the (N, N) similarity matrix against its diagonal, in float32 at least."""
+    dtype = torch.promote_types(image_embeds.dtype, torch.float32)
+    logits = logit_scale.to(dtype) * (image_embeds.to(dtype) @ text_embeds.to(dtype).t())  # (N, N)
     target = torch.arange(len(logits), device=logits.device)
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits.t(), target)) / 2

@@ -1,0 +1,85 @@
+"""The released sizes end to end, in float64, against the independent oracle. Minutes: `make test-slow`."""
+
+import gc
+
+import numpy as np
+import pytest
+import torch
+
+import vlmo_fast
+from tests import official
+from tests.oracle import Oracle, resize_table
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+# Both sides are float64 from the same float32 weights and differ by rounding alone: 12 to 24 layers of sums of up to
+# 4,096 products, each right to about 4,096 * 1.1e-16 = 5e-13 at worst. Relative Frobenius error of an output.
+TOLERANCE = 1e-11
+COUNTS = {"base": 202445470, "base_plus": 184980734, "large": 599127102}  # official/keys.md, pre-training
+
+
+def check(ours: torch.Tensor, exact: np.ndarray, what: str, tolerance: float = TOLERANCE) -> None:
+    wanted = torch.from_numpy(exact)
+    assert ours.shape == wanted.shape, what
+    error = ours.double() - wanted
+    assert error.norm() <= tolerance * wanted.norm(), f"{what}: {error.norm() / wanted.norm():.1e}"
+    rows, sizes = error.flatten(0, -2).norm(dim=-1), wanted.flatten(0, -2).norm(dim=-1)
+    assert (rows <= 10 * tolerance * sizes).all(), f"{what}: worst row {(rows / sizes).max():.1e}"
+
+
+def compare(model, exact: Oracle, size: int, tolerance: float = TOLERANCE) -> None:
+    """Image, text and pair; both branches of the first two."""
+    dtype = next(model.parameters()).dtype
+    pixels, (ids, masks) = official.images(1001, 2, size), official.texts(2001, official.FULL_LENGTHS)
+    ours_pixels = torch.from_numpy(pixels).to(dtype)
+    ours_ids, ours_masks = torch.from_numpy(ids), torch.from_numpy(masks)
+    real = masks.astype(bool)
+    with torch.inference_mode():
+        image = model.backbone(pixel_values=ours_pixels, use_vl_branch=True)
+        text = model.backbone(ours_ids, ours_masks, use_vl_branch=True)
+        pair = model.backbone(ours_ids, ours_masks, ours_pixels)
+        short = model.backbone(ours_ids[:, :17], ours_masks[:, :17], ours_pixels, cls_only=True)
+    wanted = exact.infer_image(pixels)
+    check(image.last_hidden_state, wanted.feats, "image tokens", tolerance)
+    check(image.image_embeds, wanted.cls_feats, "image embedding", tolerance)
+    check(image.vl_image_embeds, wanted.cls_vlffn_feats, "image embedding, vl branch", tolerance)
+    wanted = exact.infer_text(ids, masks)
+    check(text.last_hidden_state[real], wanted.feats[real], "text tokens", tolerance)
+    check(text.text_embeds, wanted.cls_feats, "text embedding", tolerance)
+    check(text.vl_text_embeds, wanted.cls_vlffn_feats, "text embedding, vl branch", tolerance)
+    wanted = exact.infer(pixels, ids, masks)
+    check(pair.last_hidden_state[:, :40][real], wanted.text_feats[real], "text tokens of a pair", tolerance)
+    check(pair.last_hidden_state[:, 40:], wanted.image_feats, "image tokens of a pair", tolerance)
+    check(pair.pooler_output, wanted.cls_feats, "pooled pair", tolerance)
+    check(short.pooler_output, wanted.cls_feats, "pooled pair without padding, [CLS] only", tolerance)
+
+
+@pytest.mark.parametrize("variant", ["std", "hot"])
+@pytest.mark.parametrize("preset", ["base", "base_plus", "large"])
+def test_released_size(preset, variant):
+    state = official.official_state_dict("pretrain", preset, variant)
+    model = vlmo_fast.load_official({name: torch.from_numpy(x) for name, x in state.items()})
+    assert sum(p.numel() for p in model.parameters()) == COUNTS[preset]
+    assert model.config.mome == vlmo_fast.MoMEConfig.from_preset(preset)
+    compare(model.double(), Oracle(state, official.ARCHS[preset].num_heads), 224)
+    del model, state
+    gc.collect()
+
+
+def test_released_size_in_float32():
+    """The dtype that is used; the bound is the goldens' relative tolerance for features."""
+    state = official.official_state_dict("pretrain", "base", "std")
+    model = vlmo_fast.load_official({name: torch.from_numpy(x) for name, x in state.items()})
+    compare(model, Oracle(state, 12), 224, tolerance=1e-5)
+
+
+def test_other_resolution():
+    """Base from 224 to 384 px: the float64 table is resized by the loader here, by scipy there."""
+    state = official.official_state_dict("pretrain", "base", "std")
+    table = state["relative_position_bias_table"].astype(np.float64)  # both sides then round nothing
+    tensors = {name: torch.from_numpy(x) for name, x in state.items()}
+    tensors["relative_position_bias_table"] = torch.from_numpy(table)
+    model = vlmo_fast.load_official(tensors, image_size=384)
+    assert model.config.mome == vlmo_fast.MoMEConfig.from_preset("base", image_size=384)
+    state["relative_position_bias_table"] = resize_table(table, 14, 24)
+    compare(model.double(), Oracle(state, 12), 384)

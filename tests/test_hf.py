@@ -1,0 +1,612 @@
+"""The task heads as transformers models: files, training, outputs, and starting one head from another's weights."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import Trainer, TrainingArguments
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+import vlmo_fast
+from vlmo_fast import VLMoConfig
+
+SIZES = {
+    "hidden_size": 24,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "num_vl_layers": 1,
+    "image_size": 24,
+    "patch_size": 8,
+    "vocab_size": 50,
+    "max_text_length": 10,
+    "text_relative_span": 12,
+    "image_vocab_size": 13,
+    "num_labels": 5,
+    "initializer_range": 0.2,
+}
+HEADS = (
+    "VLMoForPreTraining",
+    "VLMoForMaskedLM",
+    "VLMoForMaskedImageModeling",
+    "VLMoForImageTextRetrieval",
+    "VLMoForQuestionAnswering",
+    "VLMoForImagesAndTextClassification",
+    "VLMoForImageClassification",
+)
+heads = pytest.mark.parametrize("head", HEADS)
+BATCH = 4
+
+
+def build(head: str, seed: int = 0, **options):
+    if head == "VLMoForImagesAndTextClassification":
+        options.setdefault("num_image_types", 2)
+    torch.manual_seed(seed)
+    return getattr(vlmo_fast, head)(VLMoConfig(**{**SIZES, **options})).eval()
+
+
+def sample(head: str, number: int) -> dict[str, torch.Tensor]:
+    """One example of the head's task, without a batch axis, with its labels."""
+    generator = torch.Generator().manual_seed(100 + number)
+    ids = torch.randint(0, 50, (6,), generator=generator)
+    mask = (torch.arange(6) < 3 + number % 4).long()
+    pixels = torch.randn(3, 24, 24, generator=generator)
+    patches = torch.rand(9, generator=generator) < 0.4
+    labels = torch.where(torch.arange(6) == 1 + number % 2, ids, -100)
+    return {
+        "VLMoForPreTraining": {
+            "input_ids": ids,
+            "pixel_values": pixels,
+            "attention_mask": mask,
+            "input_ids_masked": torch.where(labels == -100, ids, 3),
+            "mlm_labels": labels,
+        },
+        "VLMoForMaskedLM": {"input_ids": ids, "attention_mask": mask, "pixel_values": pixels, "labels": labels},
+        "VLMoForMaskedImageModeling": {
+            "pixel_values": pixels,
+            "bool_masked_pos": patches,
+            "labels": torch.randint(0, 13, (9,), generator=generator),
+        },
+        "VLMoForImageTextRetrieval": {"input_ids": ids, "pixel_values": pixels, "attention_mask": mask},
+        "VLMoForQuestionAnswering": {
+            "input_ids": ids,
+            "pixel_values": pixels,
+            "attention_mask": mask,
+            "labels": torch.rand(5, generator=generator),
+        },
+        "VLMoForImagesAndTextClassification": {
+            "input_ids": ids,
+            "attention_mask": mask,
+            "labels": torch.tensor(number % 5),
+            "pixel_values": torch.stack([pixels, -pixels]),
+        },
+        "VLMoForImageClassification": {"pixel_values": pixels, "labels": torch.tensor(number % 5)},
+    }[head]
+
+
+def batch(head: str, size: int = BATCH) -> dict[str, torch.Tensor]:
+    samples = [sample(head, number) for number in range(size)]
+    stacked: dict = {name: torch.stack([s[name] for s in samples]) for name in samples[0]}
+    if head == "VLMoForImageTextRetrieval":
+        stacked["return_loss"] = True
+    if head == "VLMoForPreTraining":  # nothing drawn, so that two calls agree
+        stacked["negative_image_ids"] = (torch.arange(size) + 1) % size
+        stacked["negative_text_ids"] = (torch.arange(size) + 2) % size
+    return stacked
+
+
+def fields(output) -> dict[str, torch.Tensor]:
+    return {name: value for name, value in output.items() if isinstance(value, torch.Tensor)}
+
+
+# Files
+
+
+@heads
+def test_save_and_load(head, tmp_path):
+    """Weights, settings and outputs, to the bit."""
+    model = build(head, num_image_types=2, drop_path_rate=0.2)
+    model.save_pretrained(tmp_path)
+    again = getattr(vlmo_fast, head).from_pretrained(tmp_path)
+    assert not again.training
+    assert again.config.mome == model.config.mome == again.backbone.config
+    ours, theirs = model.state_dict(), again.state_dict()
+    assert list(ours) == list(theirs)
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    before, after = fields(model(**batch(head))), fields(again(**batch(head)))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_frozen_parameters_stay_frozen(tmp_path):
+    """Else the unused text positions of relative models decay, and DDP waits for their gradient."""
+    model = build("VLMoForQuestionAnswering")
+    model.save_pretrained(tmp_path)
+    again = vlmo_fast.VLMoForQuestionAnswering.from_pretrained(tmp_path)
+    ours, theirs = ({n for n, p in m.named_parameters() if not p.requires_grad} for m in (model, again))
+    assert ours == theirs
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_load_in_another_dtype(dtype, tmp_path):
+    model = build("VLMoForQuestionAnswering")
+    model.save_pretrained(tmp_path)
+    again = vlmo_fast.VLMoForQuestionAnswering.from_pretrained(tmp_path, dtype=dtype)
+    assert {p.dtype for p in again.parameters()} == {dtype}
+    inputs = batch("VLMoForQuestionAnswering")
+    inputs["pixel_values"] = inputs["pixel_values"].to(dtype)
+    assert again(**inputs).logits.dtype == dtype
+
+
+# One head from another's weights
+
+
+def report_of(head: str, folder, **options):
+    return getattr(vlmo_fast, head).from_pretrained(folder, output_loading_info=True, **options)
+
+
+@pytest.mark.parametrize("kind", ["relative", "absolute"])
+@pytest.mark.parametrize("head", [head for head in HEADS if head != "VLMoForImagesAndTextClassification"])
+def test_start_from_pretraining(head, kind, tmp_path):
+    """The backbone to the bit, also beside a tensor of its own that is new (mask token); the head freshly drawn."""
+    source = build("VLMoForPreTraining", seed=1, position_embedding_type=kind)
+    with torch.no_grad():
+        for parameter in source.parameters():
+            parameter.add_(torch.randn_like(parameter))
+    source.save_pretrained(tmp_path)
+    model, info = report_of(head, tmp_path, num_labels=5)
+    theirs = source.state_dict()
+    fresh = {name for name in model.state_dict() if name not in theirs}
+    assert set(info["missing_keys"]) == fresh
+    for name, value in model.state_dict().items():
+        if name in theirs:
+            assert torch.equal(value, theirs[name]), name
+            continue
+        last = name.rpartition(".")[2]
+        if last == "bias":
+            assert (value == 0).all(), name
+        elif "norm" in name:
+            assert (value == 1).all(), name
+        else:
+            sigma = 0.2 / math.sqrt(2 * value.numel())
+            assert value.std().item() == pytest.approx(0.2, abs=5 * sigma), name
+
+
+@pytest.mark.parametrize("head", ["VLMoForImageTextRetrieval", "VLMoForPreTraining"])
+def test_logit_scales_start_where_configured(head, tmp_path):
+    build("VLMoForMaskedLM").save_pretrained(tmp_path)
+    model, info = report_of(head, tmp_path)
+    scales = [name for name in info["missing_keys"] if name.endswith("logit_scale")]
+    assert scales
+    for name in scales:
+        assert model.get_parameter(name).item() == pytest.approx(math.log(1 / 0.07), rel=1e-6)
+
+
+def test_vision_language_stage_from_the_language_stage(tmp_path):
+    """behaviour.md 12: a text-stage model holds no vl experts; they start fresh, all else is kept."""
+    source = build("VLMoForMaskedLM", num_vl_layers=0)
+    source.save_pretrained(tmp_path)
+    model, info = report_of("VLMoForPreTraining", tmp_path, num_vl_layers=1)
+    assert model.config.num_vl_layers == 1
+    new = set(info["missing_keys"])
+    assert {name for name in new if "experts" in name} == {n for n in model.state_dict() if ".experts.vl." in n}
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in source.state_dict().items())
+    assert model.backbone.blocks[2].experts["vl"].fc1.weight.std().item() == pytest.approx(0.2, rel=0.1)
+
+
+# Training
+
+
+class Samples(torch.utils.data.Dataset):
+    def __init__(self, head: str, size: int) -> None:
+        self.samples = [sample(head, number) for number in range(size)]
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return self.samples[index]
+
+
+def train(model, head: str, folder, **options):
+    def collate(samples):
+        stacked = {name: torch.stack([s[name] for s in samples]) for name in samples[0]}
+        if head == "VLMoForImageTextRetrieval":
+            stacked["return_loss"] = True
+        return stacked
+
+    arguments = {"per_device_train_batch_size": BATCH, "max_steps": 2, "logging_steps": 1, "learning_rate": 1e-3}
+    trainer = Trainer(
+        model,
+        TrainingArguments(
+            str(folder),
+            **{**arguments, **options},
+            use_cpu=True,
+            report_to=[],
+            save_strategy="no",
+            disable_tqdm=True,
+            remove_unused_columns=False,
+            dataloader_pin_memory=False,
+        ),
+        train_dataset=Samples(head, 2 * BATCH),
+        data_collator=collate,
+    )
+    trainer.train()
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+@heads
+def test_trainer(head, tmp_path):
+    """Two steps: finite losses, and weights that moved, head and backbone alike."""
+    model = build(head, drop_path_rate=0.1)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    losses = train(model, head, tmp_path)
+    assert len(losses) == 2
+    assert all(math.isfinite(loss) and loss > 0 for loss in losses)
+    moved = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    assert any(name.startswith("backbone.blocks.0.attention") for name in moved)
+    assert head == "VLMoForImageTextRetrieval" or any("head" in name or "classifier" in name for name in moved)
+
+
+@pytest.mark.parametrize("head", ["VLMoForQuestionAnswering", "VLMoForImageClassification"])
+def test_gradient_accumulation(head, tmp_path):
+    """Two half batches give the step of the whole batch: plain SGD, one step, the same weights after it."""
+    options = {"optim": "sgd", "max_steps": 1, "max_grad_norm": 0, "lr_scheduler_type": "constant"}
+    whole, halves = build(head), build(head)
+    train(whole, head, tmp_path / "a", per_device_train_batch_size=4, **options)
+    train(halves, head, tmp_path / "b", per_device_train_batch_size=2, gradient_accumulation_steps=2, **options)
+    start = dict(build(head).named_parameters())
+    for (name, a), (_, b) in zip(whole.named_parameters(), halves.named_parameters(), strict=True):
+        step = (a - start[name]).norm()
+        assert (a - b).norm() <= 1e-3 * step + 1e-7, name
+
+
+def backward(model, head: str) -> dict[str, torch.Tensor]:
+    model.zero_grad(set_to_none=True)
+    torch.manual_seed(5)
+    model(**batch(head)).loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@heads
+def test_gradient_checkpointing_enable(head):
+    """transformers' own switch, on and off: the same gradients to the bit, with each block run twice in between."""
+    model = build(head, drop_path_rate=0.3).train()
+    plain, calls = backward(model, head), []
+    model.backbone.blocks[1].register_forward_pre_hook(lambda *_: calls.append(1))
+    backward(model, head)
+    once = len(calls)
+    for enable, factor in ((True, 2), (False, 1)):
+        calls.clear()
+        if enable:
+            model.gradient_checkpointing_enable()
+        else:
+            model.gradient_checkpointing_disable()
+        assert model.is_gradient_checkpointing == enable
+        gradients = backward(model, head)
+        assert len(calls) == factor * once
+        assert all(torch.equal(plain[name], gradients[name]) for name in plain)
+
+
+# Outputs
+
+
+@heads
+def test_tuples(head):
+    """return_dict=False, by argument or by configuration: the same values in the same order, the loss first."""
+    model, inputs = build(head), batch(head)
+    wanted = model(**inputs)
+    outputs = [model(**inputs, return_dict=False)]
+    model.config.return_dict = False
+    outputs.append(model(**inputs))
+    for output in outputs:
+        assert isinstance(output, tuple)
+        assert all(torch.equal(a, b) for a, b in zip(output, wanted.to_tuple(), strict=True))
+        assert torch.equal(output[0], wanted.loss)
+
+
+@heads
+def test_without_labels_there_is_no_loss(head):
+    if head == "VLMoForPreTraining":
+        pytest.skip("its loss needs no labels")
+    inputs = {name: x for name, x in batch(head).items() if name not in ("labels", "return_loss")}
+    assert build(head)(**inputs).loss is None
+
+
+@pytest.mark.parametrize("head", ["VLMoForPreTraining", "VLMoForImageTextRetrieval"])
+def test_features(head):
+    model, inputs = build(head), batch(head)
+    image = model.get_image_features(inputs["pixel_values"], output_hidden_states=True)
+    text = model.get_text_features(inputs["input_ids"], inputs["attention_mask"], output_hidden_states=True)
+    out = model(**inputs)
+    for features, embeds, length in ((image, out.image_embeds, 10), (text, out.text_embeds, 6)):
+        assert isinstance(features, BaseModelOutputWithPooling)
+        assert features.last_hidden_state.shape == (BATCH, length, 24)
+        assert len(features.hidden_states) == 4
+        torch.testing.assert_close(features.pooler_output, embeds)  # forward computes [CLS] alone in the last layer
+        torch.testing.assert_close(features.pooler_output.norm(dim=-1), torch.ones(BATCH))
+    plain = model.get_image_features(inputs["pixel_values"])
+    assert plain.hidden_states is None
+    as_tuple = model.get_text_features(inputs["input_ids"], inputs["attention_mask"], return_dict=False)
+    assert isinstance(as_tuple, tuple)
+    assert torch.equal(as_tuple[1], text.pooler_output)
+    larger = model.get_image_features(torch.randn(1, 3, 40, 40), interpolate_pos_encoding=True)
+    assert larger.last_hidden_state.shape == (1, 26, 24)
+
+
+@pytest.mark.parametrize(
+    "head", ["VLMoForMaskedLM", "VLMoForMaskedImageModeling", "VLMoForQuestionAnswering", "VLMoForImageClassification"]
+)
+def test_hidden_states(head):
+    """Whole sequences in every layer, even where the answer needs only [CLS] of the last."""
+    states = build(head)(**batch(head), output_hidden_states=True).hidden_states
+    assert len(states) == 4
+    assert len({state.shape for state in states}) == 1
+    assert build(head)(**batch(head)).hidden_states is None
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        "VLMoForImageTextRetrieval",
+        "VLMoForQuestionAnswering",
+        "VLMoForImagesAndTextClassification",
+        "VLMoForImageClassification",
+        "VLMoForPreTraining",
+        "VLMoForMaskedLM",
+    ],
+)
+def test_other_image_sizes(head):
+    """The error for a wrong size recommends interpolate_pos_encoding=True, so every head must take it."""
+    model, inputs = build(head), batch(head)
+    inputs["pixel_values"] = F.pad(inputs["pixel_values"], (0, 16, 0, 16))
+    with pytest.raises(ValueError, match="interpolate_pos_encoding=True accepts other sizes"):
+        model(**inputs)
+    assert model(**inputs, interpolate_pos_encoding=True).loss.isfinite()
+
+
+@heads
+def test_misspelt_arguments_are_refused(head):
+    with pytest.raises(TypeError):
+        build(head)(**batch(head), atention_mask=None)
+
+
+# Each head's own rules
+
+
+def test_pretraining_refuses():
+    model, inputs = build("VLMoForPreTraining"), batch("VLMoForPreTraining")
+    cases = [
+        ({name: x[:1] for name, x in inputs.items()}, "input_ids must hold at least 2 pairs .* got 1"),
+        ({**inputs, "mlm_labels": None}, "input_ids_masked and mlm_labels must come together, got one of them"),
+        ({**inputs, "input_ids_masked": None}, "input_ids_masked and mlm_labels must come together"),
+        ({**inputs, "negative_text_ids": None}, "negative_image_ids and negative_text_ids must come together"),
+        ({**inputs, "negative_image_ids": None}, "negative_image_ids and negative_text_ids must come together"),
+    ]
+    for arguments, message in cases:
+        with pytest.raises(ValueError, match=f"^VLMoForPreTraining: {message}"):
+            model(**arguments)
+
+
+def test_pretraining_without_masked_text():
+    model, inputs = build("VLMoForPreTraining"), batch("VLMoForPreTraining")
+    out = model(**{**inputs, "input_ids_masked": None, "mlm_labels": None})
+    assert out.mlm_loss is None
+    assert out.mlm_logits is None
+    torch.testing.assert_close(out.loss, out.itc_loss + out.itm_loss)
+    full = model(**inputs)
+    torch.testing.assert_close(full.loss, full.itc_loss + full.itm_loss + 0.25 * full.mlm_loss)
+    model.config.mlm_loss_weight = 2.0
+    torch.testing.assert_close(model(**inputs).loss, full.itc_loss + full.itm_loss + 2 * full.mlm_loss)
+
+
+def test_pretraining_draws_its_negatives():
+    """In range, never the own match, other draws from other states of the generator, and used in the matching pass."""
+    model, inputs = build("VLMoForPreTraining"), batch("VLMoForPreTraining")
+    del inputs["negative_image_ids"], inputs["negative_text_ids"]
+    seen = set()
+    for seed in range(8):
+        torch.manual_seed(seed)
+        out = model(**inputs)
+        for ids in (out.negative_image_ids, out.negative_text_ids):
+            assert ids.shape == (BATCH,)
+            assert ((ids >= 0) & (ids < BATCH) & (ids != torch.arange(BATCH))).all()
+        seen.add((*out.negative_image_ids.tolist(), *out.negative_text_ids.tolist()))
+        given = {"negative_image_ids": out.negative_image_ids, "negative_text_ids": out.negative_text_ids}
+        assert torch.equal(model(**inputs, **given).itm_logits, out.itm_logits)
+    assert len(seen) > 1
+
+
+def test_matching_pairs_by_hand():
+    """Row by row: pairs, then texts with negative images, then negative texts with images, each with its own mask."""
+    model, inputs = build("VLMoForPreTraining"), batch("VLMoForPreTraining")
+    out = model(**inputs)
+    ids, mask, pixels = (inputs[name] for name in ("input_ids", "attention_mask", "pixel_values"))
+    own = list(range(BATCH))
+    texts = own + own + inputs["negative_text_ids"].tolist()
+    images = own + inputs["negative_image_ids"].tolist() + own
+    for row, (t, i) in enumerate(zip(texts, images, strict=True)):
+        pooled = model.backbone(ids[t : t + 1], mask[t : t + 1], pixels[i : i + 1]).pooler_output
+        torch.testing.assert_close(model.itm_head(pooled)[0], out.itm_logits[row])
+    labels = torch.tensor([1] * BATCH + [0] * 2 * BATCH)
+    torch.testing.assert_close(out.itm_loss, F.cross_entropy(out.itm_logits, labels))
+
+
+def test_contrastive_and_masked_language_losses_by_hand():
+    """Each branch with its own learned scale, which only shows once the two differ; masked ids with the texts' mask."""
+    model, inputs = build("VLMoForPreTraining"), batch("VLMoForPreTraining")
+    with torch.no_grad():
+        model.vl_logit_scale.fill_(0.5)
+    out, each = model(**inputs), torch.arange(BATCH)
+    branches = []
+    for log_scale, image, text in (
+        (model.logit_scale, out.image_embeds, out.text_embeds),
+        (model.vl_logit_scale, out.vl_image_embeds, out.vl_text_embeds),
+    ):
+        scores = log_scale.exp() * image @ text.t()
+        branches.append((F.cross_entropy(scores, each) + F.cross_entropy(scores.t(), each)) / 2)
+    torch.testing.assert_close(out.itc_loss, sum(branches) / 2)
+    fused = model.backbone(inputs["input_ids_masked"], inputs["attention_mask"], inputs["pixel_values"])
+    torch.testing.assert_close(out.mlm_logits, model.mlm_head(fused.last_hidden_state[:, :6]))
+
+
+def test_pretraining_without_vl_layers():
+    """The contrastive loss is then the plain branch's alone."""
+    model, inputs = build("VLMoForPreTraining", num_vl_layers=0), batch("VLMoForPreTraining")
+    out = model(**inputs)
+    assert out.vl_image_embeds is None
+    scores = model.logit_scale.exp() * out.image_embeds @ out.text_embeds.t()
+    each = torch.arange(BATCH)
+    wanted = (F.cross_entropy(scores, each) + F.cross_entropy(scores.t(), each)) / 2
+    torch.testing.assert_close(out.itc_loss, wanted)
+
+
+def test_every_parameter_of_pretraining_is_trained():
+    """What a distributed run waits for; the text positions of relative models are frozen instead."""
+    for kind in ("relative", "absolute"):
+        model = build("VLMoForPreTraining", position_embedding_type=kind).train()
+        gradients = backward(model, "VLMoForPreTraining")
+        assert set(gradients) == {name for name, p in model.named_parameters() if p.requires_grad}
+
+
+def test_masked_image_modelling_counts_masked_patches_only():
+    model, inputs = build("VLMoForMaskedImageModeling"), batch("VLMoForMaskedImageModeling")
+    masked, labels = inputs["bool_masked_pos"], inputs["labels"].clone()
+    out = model(**inputs)
+    assert out.logits.shape == (BATCH, 9, 13)
+    torch.testing.assert_close(out.loss, F.cross_entropy(out.logits[masked], labels[masked]))
+    other = torch.where(masked, labels, (labels + 1) % 13)
+    assert torch.equal(model(**{**inputs, "labels": other}).loss, out.loss)
+    assert torch.equal(inputs["labels"], labels)  # and the caller's labels are left alone
+    none = {**inputs, "bool_masked_pos": torch.zeros_like(masked)}
+    assert model(**none).loss.item() == 0
+
+
+def test_masked_language_modelling_on_texts_and_pairs():
+    model, inputs = build("VLMoForMaskedLM"), batch("VLMoForMaskedLM")
+    pair = model(**inputs)
+    text = model(**{**inputs, "pixel_values": None})
+    assert pair.logits.shape == text.logits.shape == (BATCH, 6, 50)
+    assert not torch.equal(pair.logits, text.logits)
+    labelled = inputs["labels"] != -100
+    for out in (pair, text):
+        torch.testing.assert_close(out.loss, F.cross_entropy(out.logits[labelled], inputs["labels"][labelled]))
+
+
+def test_the_decoder_is_not_tied():
+    """The released decoder is a tensor of its own, in memory and after loading."""
+    for head in ("VLMoForMaskedLM", "VLMoForPreTraining"):
+        model = build(head)
+        words = model.get_input_embeddings().weight
+        assert model.mlm_head.decoder.weight.data_ptr() != words.data_ptr()
+        model.tie_weights()
+        assert model.mlm_head.decoder.weight.data_ptr() != words.data_ptr()
+        assert model.get_input_embeddings() is model.backbone.text_embeddings.word_embeddings
+
+
+@pytest.mark.parametrize("head", ["VLMoForMaskedLM", "VLMoForQuestionAnswering"])
+def test_more_tokens(head, tmp_path):
+    """The old rows stay, new ids can be used, and the larger model saves and loads."""
+    model, inputs = build(head), batch(head)
+    before = model(**inputs).logits
+    model.resize_token_embeddings(60)
+    inputs["input_ids"][0, 1] = 55
+    after = model(**inputs).logits
+    torch.testing.assert_close(after[1:, ..., : before.shape[-1]], before[1:])
+    model.save_pretrained(tmp_path)
+    again = getattr(vlmo_fast, head).from_pretrained(tmp_path)
+    assert torch.equal(again(**inputs).logits, after)
+
+
+def test_more_tokens_in_pretraining(tmp_path):
+    model = build("VLMoForPreTraining")
+    model.resize_token_embeddings(60)
+    assert model.mlm_head.decoder.out_features == 60
+    model.save_pretrained(tmp_path)
+    vlmo_fast.VLMoForPreTraining.from_pretrained(tmp_path)
+
+
+def test_retrieval():
+    """All scores of 3 images and 5 texts; pairs by the matching head; and what cannot go together."""
+    model, inputs = build("VLMoForImageTextRetrieval"), batch("VLMoForImageTextRetrieval", 5)
+    inputs.pop("return_loss")
+    images = inputs["pixel_values"][:3]
+    out = model(**{**inputs, "pixel_values": images})
+    assert out.logits_per_image.shape == (3, 5)
+    assert torch.equal(out.logits_per_text, out.logits_per_image.t())
+    assert out.loss is None
+    torch.testing.assert_close(out.logits_per_image, out.image_embeds @ out.text_embeds.t() / 0.07)
+    labels = torch.tensor([1, 0, 1, 0, 0])
+    pairs = model(**inputs, use_itm_head=True, labels=labels)
+    assert pairs.itm_score.shape == (5, 2)
+    assert pairs.logits_per_image is None
+    torch.testing.assert_close(pairs.loss, F.cross_entropy(pairs.itm_score, labels))
+    assert model(**inputs, use_itm_head=True).loss is None
+    with pytest.raises(ValueError, match="labels must come with use_itm_head=True"):
+        model(**inputs, labels=labels)
+    with pytest.raises(ValueError, match=r"use_itm_head must be False where config\.has_itm_head is, got True"):
+        build("VLMoForImageTextRetrieval", has_itm_head=False)(**inputs, use_itm_head=True)
+    with pytest.raises(ValueError, match="contrastive_loss: image_embeds and text_embeds must be"):
+        model(**{**inputs, "pixel_values": images}, return_loss=True)
+
+
+def test_question_answering_checks_its_labels():
+    model, inputs = build("VLMoForQuestionAnswering"), batch("VLMoForQuestionAnswering")
+    for labels in (torch.ones(BATCH, 4), torch.ones(BATCH), torch.ones(2, 5)):
+        with pytest.raises(ValueError, match=r"labels must be \(B, num_labels\) = \(4, 5\), got"):
+            model(**{**inputs, "labels": labels})
+    out = model(**inputs)
+    wanted = F.binary_cross_entropy_with_logits(out.logits, inputs["labels"], reduction="sum") / BATCH
+    torch.testing.assert_close(out.loss, wanted)
+
+
+def test_two_images_have_an_order():
+    """Exchanging them changes the answer; two passes by hand, with type rows 1 and 2, give the same."""
+    model, inputs = build("VLMoForImagesAndTextClassification"), batch("VLMoForImagesAndTextClassification")
+    out = model(**inputs)
+    exchanged = model(**{**inputs, "pixel_values": inputs["pixel_values"].flip(1)})
+    assert (out.logits - exchanged.logits).abs().amax(1).min() > 1e-3
+    pooled = [
+        model.backbone(
+            inputs["input_ids"], inputs["attention_mask"], inputs["pixel_values"][:, k], image_type_ids=k + 1
+        ).pooler_output
+        for k in (0, 1)
+    ]
+    torch.testing.assert_close(model.classifier(torch.cat(pooled, dim=1)), out.logits)
+    torch.testing.assert_close(out.loss, F.cross_entropy(out.logits, inputs["labels"]))
+    unmasked = model(**{**inputs, "attention_mask": None})
+    assert not torch.equal(unmasked.logits, out.logits)
+    full = model(**{**inputs, "attention_mask": torch.ones_like(inputs["attention_mask"])})
+    torch.testing.assert_close(unmasked.logits, full.logits)
+
+
+def test_two_images_refuse():
+    model, inputs = build("VLMoForImagesAndTextClassification"), batch("VLMoForImagesAndTextClassification")
+    two = inputs["pixel_values"]
+    for pixels in (two[:, 0], two[:, :1], two.repeat(1, 2, 1, 1, 1)):
+        with pytest.raises(ValueError, match=r"pixel_values must be \(B, 2, C, H, W\), got"):
+            model(**{**inputs, "pixel_values": pixels})
+    with pytest.raises(ValueError, match=r"config\.num_image_types must be at least 2 .* got 1"):
+        build("VLMoForImagesAndTextClassification", num_image_types=1)
+
+
+def test_image_classification_reads_the_mean_of_the_patches():
+    model, inputs = build("VLMoForImageClassification"), batch("VLMoForImageClassification")
+    hidden = model.backbone(pixel_values=inputs["pixel_values"]).last_hidden_state
+    out = model(**inputs)
+    torch.testing.assert_close(out.logits, model.classifier(hidden[:, 1:].mean(1)))
+    torch.testing.assert_close(out.loss, F.cross_entropy(out.logits, inputs["labels"]))
+
+
+def test_heads_have_the_released_form():
+    """Two-layer classifiers: Linear to 2 D, norm with torch's epsilon, GELU, Linear (behaviour.md 1)."""
+    model = build("VLMoForQuestionAnswering")
+    pooled = torch.randn(3, 24)
+    c = model.classifier
+    hidden = F.layer_norm(c.fc1(pooled), (48,), c.norm.weight, c.norm.bias, 1e-5)
+    torch.testing.assert_close(c(pooled), c.fc2(0.5 * hidden * (1 + torch.erf(hidden / math.sqrt(2)))))
+    language = build("VLMoForMaskedLM").mlm_head
+    assert language.norm.eps == 1e-12
+    assert isinstance(language.decoder, nn.Linear)
+    assert language.decoder.bias is not None
