@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 
+import official
 import pytest
 import torch
 from torch import Tensor
 
 import vlmo_fast
-from tests import official
 from vlmo_fast.checkpoints import IGNORED, load_official, official_names, official_state_dict, save_official
 from vlmo_fast.positions import resize_absolute_positions, resize_relative_bias_table
 

@@ -1,13 +1,13 @@
 """Relative and absolute positions: index, table, and change of resolution, each against a second derivation."""
 
 import numpy as np
+import official
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.interpolate import RectBivariateSpline
 
-from tests import official
 from vlmo_fast.positions import (
     RelativePositionBias,
     geometric_distances,

@@ -98,7 +98,7 @@ def run(recipe: Recipe, output_dir: Path, *, split: Split = "test") -> DemoResul
     network, history = train(recipe, data, output_dir / "trainer")
     training_seconds = time.perf_counter() - training_began
     print(f"Measuring on the {split} split ...", flush=True)
-    num_scene_questions = recipe.num_steps * recipe.num_scene_questions
+    num_scene_questions = (recipe.num_steps - recipe.num_contrast_steps) * recipe.num_scene_questions
     control = evaluate.fit_no_fusion(network, data, num_scene_questions=num_scene_questions)
     results = DemoResults(
         recipe={**dataclasses.asdict(recipe), "split": split},

@@ -182,7 +182,7 @@ def fit_no_fusion(network: DemoNetwork, data: DemoData, *, num_scene_questions: 
     ]
     pairs = [_embed_questions(network, data, questions) for questions in sources]
     images, texts = (torch.cat(part) for part in zip(*pairs, strict=True))
-    labels = data.encode_answers([answer for questions in sources for answer in questions.answers]).argmax(dim=1)
+    labels = data.encode_answers([answer for questions in sources for answer in questions.answers])
     control = NoFusion(images.shape[1], len(data.answers))
     batch_size = 512
     optimizer = torch.optim.AdamW(control.parameters(), lr=2e-3, weight_decay=0.01)
@@ -232,10 +232,10 @@ def _evaluate_questions(
         pictures = encode_images(questions.images[questions.image_index[rows]])
         with torch.inference_mode():
             logits.append(network.answering(**texts, pixel_values=pictures).logits)
-    best = torch.cat(logits).sigmoid().max(dim=1)
+    best = torch.cat(logits).softmax(dim=1).max(dim=1)
     with torch.inference_mode():
         control_best = control(*_embed_questions(network, data, questions)).argmax(dim=1)
-    truth = data.encode_answers(questions.answers).argmax(dim=1)
+    truth = data.encode_answers(questions.answers)
     right = (best.indices == truth).numpy()
     types = [str(kind) for kind in questions.types]
     return QuestionResults(

@@ -22,7 +22,7 @@ from torch.utils.data import IterableDataset
 from transformers import BertTokenizer, Trainer, TrainingArguments
 from transformers.modeling_outputs import ModelOutput
 
-from vlmo_fast.data import EasyVQA, SceneWorld, emoji_sprites, load_easy_vqa, tokenize
+from vlmo_fast.data import Captions, EasyVQA, SceneWorld, emoji_sprites, load_easy_vqa, tokenize
 from vlmo_fast.data.scenes import ONE_IMAGE_STATEMENT_TYPES, STATEMENT_TYPES
 from vlmo_fast.hf.configuration import VLMoConfig
 from vlmo_fast.hf.modeling import (
@@ -43,22 +43,35 @@ class Recipe:
     Attributes:
         seed: of the network, the batches and the order of everything.
         num_steps: optimiser steps.
-        num_captions: captioned scenes a step, half of them in groups that differ in layout alone.
+        num_contrast_steps: how many of the first steps see captions alone; the other objectives join then.
+        num_first_captions: captioned scenes a step in that first stage, half of them in groups that differ in layout.
+        num_captions: captioned scenes a step after that.
         num_questions: easy-VQA questions a step.
         num_scene_questions: questions about scenes of four objects a step; a multiple of 4.
         num_statements: statements about two scenes a step; a multiple of 8.
         muon_learning_rate: peak, for the matrices of the blocks.
         learning_rate: peak, for all other parameters (AdamW).
         weight_decay: on matrices and embeddings; none on biases, norms and scales.
-        num_warmup_steps: of linear warm-up, before the cosine decay to 0.
+        num_warmup_steps: of linear warm-up; the rate then stays until the second stage, and decays to 0 by a cosine.
+        hidden_size: width; the network's other sizes follow.
+        num_hidden_layers: blocks.
+        num_vl_layers: top blocks with a vision-language expert.
+        num_attention_heads: heads of a block.
+        stem_patch_size: pixels; side of the patches of the first of two projections.
+        initializer_range: standard deviation of matrices at the start.
+        embedding_std: standard deviation of word and position embeddings at the start.
+        logit_scale: of the contrastive loss at the start. A low one leaves the network where it knows which objects are
+            there but not which is where (docs/log.md).
     """
 
     seed: int = 0
-    num_steps: int = 420
-    num_captions: int = 96
-    num_questions: int = 160
-    num_scene_questions: int = 48
-    num_statements: int = 96
+    num_steps: int = 520
+    num_contrast_steps: int = 100
+    num_first_captions: int = 96
+    num_captions: int = 64
+    num_questions: int = 128
+    num_scene_questions: int = 16
+    num_statements: int = 64
     muon_learning_rate: float = 0.02
     learning_rate: float = 2e-3
     weight_decay: float = 0.05
@@ -67,6 +80,10 @@ class Recipe:
     num_hidden_layers: int = 3
     num_vl_layers: int = 1
     num_attention_heads: int = 4
+    stem_patch_size: int = 4
+    initializer_range: float = 0.06
+    embedding_std: float = 0.5
+    logit_scale: float = 40.0
 
 
 class DemoData:
@@ -93,9 +110,8 @@ class DemoData:
         return {"input_ids": tokens["input_ids"], "attention_mask": tokens["attention_mask"]}
 
     def encode_answers(self, answers: Sequence[str]) -> Tensor:
-        """Scores (B, number of answers): 1 for the true answer, 0 for the others."""
-        ids = torch.tensor([self._answer_ids[answer] for answer in answers])
-        return nn.functional.one_hot(ids, len(self.answers)).float()
+        """Class of each answer, (B,) int64: its place in `answers`."""
+        return torch.tensor([self._answer_ids[answer] for answer in answers])
 
 
 def encode_images(images: npt.NDArray[np.uint8]) -> Tensor:
@@ -114,6 +130,8 @@ class StepBatches(IterableDataset[dict[str, Tensor]]):
         easy_vqa = data.easy_vqa["train"]
         rng = np.random.Generator(np.random.PCG64(recipe.seed))
         statement_types = (*STATEMENT_TYPES, *ONE_IMAGE_STATEMENT_TYPES)
+        for _ in range(recipe.num_contrast_steps):
+            yield self._encode_captions(world.captions("train", recipe.num_first_captions, rng=rng))
         while True:
             captions = world.captions("train", recipe.num_captions, rng=rng)
             asked = rng.integers(0, len(easy_vqa.questions), recipe.num_questions)
@@ -122,8 +140,7 @@ class StepBatches(IterableDataset[dict[str, Tensor]]):
             questions = [easy_vqa.questions[n] for n in asked] + scenes.questions
             pictures = [easy_vqa.images[easy_vqa.image_index[asked]], scenes.images[scenes.image_index]]
             answers = [easy_vqa.answers[n] for n in asked] + scenes.answers
-            batch = {"caption_pixel_values": encode_images(captions.images)}
-            batch |= {f"caption_{name}": ids for name, ids in data.encode_texts(captions.captions).items()}
+            batch = self._encode_captions(captions)
             batch |= {f"question_{name}": ids for name, ids in data.encode_texts(questions).items()}
             batch["question_pixel_values"] = encode_images(np.concatenate(pictures))
             batch["question_labels"] = data.encode_answers(answers)
@@ -131,6 +148,11 @@ class StepBatches(IterableDataset[dict[str, Tensor]]):
             batch["statement_pixel_values"] = encode_images(statements.images[statements.image_index])
             batch["statement_labels"] = torch.from_numpy(statements.labels).long()
             yield batch
+
+    def _encode_captions(self, captions: Captions) -> dict[str, Tensor]:
+        texts = self.data.encode_texts(captions.captions)
+        pixel_values = encode_images(captions.images)
+        return {"caption_pixel_values": pixel_values, **{f"caption_{name}": ids for name, ids in texts.items()}}
 
 
 @dataclass
@@ -168,7 +190,11 @@ class DemoNetwork(nn.Module):
             return {name.removeprefix(f"{task}_"): x for name, x in inputs.items() if name.startswith(f"{task}_")}
 
         contrast = self.retrieval(**inputs_of("caption"), return_loss=True).loss
-        answers = self.answering(**inputs_of("question")).loss
+        if "question_labels" not in inputs:
+            return DemoOutput(loss=contrast, contrast=contrast)
+        questions = inputs_of("question")
+        labels = questions.pop("labels")  # one true answer each, so cross-entropy in place of VQAv2's soft scores
+        answers = nn.functional.cross_entropy(self.answering(**questions).logits, labels)
         statements = self.judging(**inputs_of("statement")).loss
         return DemoOutput(contrast + answers + statements, contrast, answers, statements)
 
@@ -185,12 +211,24 @@ def make_network(recipe: Recipe, data: DemoData) -> DemoNetwork:
         vocab_size=len(data.tokenizer),
         max_text_length=24,
         num_image_types=2,
+        stem_patch_size=recipe.stem_patch_size,
         position_embedding_type="absolute",
         layer_scale_init_value=None,
+        initializer_range=recipe.initializer_range,
+        logit_scale_init_value=math.log(recipe.logit_scale),
         has_itm_head=False,
         num_labels=len(data.answers),
     )
-    return DemoNetwork(config)
+    network = DemoNetwork(config)
+    backbone = network.retrieval.backbone
+    text, image = backbone.text_embeddings, backbone.image_embeddings
+    assert image.position_embeddings is not None
+    for codes in (text.word_embeddings.weight, text.position_embeddings.weight, image.position_embeddings):
+        nn.init.normal_(codes, std=recipe.embedding_std)
+    for projection in (image.stem, image.projection):
+        assert projection is not None
+        projection.reset_parameters()  # scaled by fan-in, else the patches drown the position codes
+    return network
 
 
 class MuonAdamW(torch.optim.Optimizer):
@@ -232,8 +270,7 @@ class DemoTrainer(Trainer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._sums: dict[str, float] = {}
-        self._count = 0
+        self._sums: dict[str, tuple[float, int]] = {}
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, **kwargs: Any
@@ -241,15 +278,15 @@ class DemoTrainer(Trainer):
         """The sum of the objectives, each kept for the log."""
         output: DemoOutput = model(**inputs)
         for name, value in output.items():
-            self._sums[name] = self._sums.get(name, 0.0) + float(value.detach())
-        self._count += 1
+            total, count = self._sums.get(name, (0.0, 0))
+            self._sums[name] = (total + float(value.detach()), count + 1)
         return (output.loss, output) if return_outputs else output.loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Add the mean of each objective since the last log."""
-        if "loss" in logs and self._count:
-            logs |= {name: round(total / self._count, 4) for name, total in self._sums.items()}
-            self._sums, self._count = {}, 0
+        if "loss" in logs:
+            logs |= {name: round(total / count, 4) for name, (total, count) in self._sums.items()}
+            self._sums = {}
         super().log(logs, *args, **kwargs)
 
 
@@ -270,8 +307,8 @@ def train(recipe: Recipe, data: DemoData, output_dir: Path) -> tuple[DemoNetwork
     def schedule(step: int) -> float:
         if step < recipe.num_warmup_steps:
             return (step + 1) / recipe.num_warmup_steps
-        done = (step - recipe.num_warmup_steps) / max(1, recipe.num_steps - recipe.num_warmup_steps)
-        return 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+        done = (step - recipe.num_contrast_steps) / max(1, recipe.num_steps - recipe.num_contrast_steps)
+        return 0.5 * (1 + math.cos(math.pi * min(1.0, max(0.0, done))))
 
     arguments = TrainingArguments(
         output_dir=str(output_dir),
@@ -294,5 +331,7 @@ def train(recipe: Recipe, data: DemoData, output_dir: Path) -> tuple[DemoNetwork
     )
     trainer.train()
     kept = ("step", "learning_rate", *(field.name for field in dataclasses.fields(DemoOutput)))
-    history = [{name: row[name] for name in kept} for row in trainer.state.log_history if "contrast" in row]
+    history = [
+        {name: row[name] for name in kept if name in row} for row in trainer.state.log_history if "contrast" in row
+    ]
     return network.eval(), history

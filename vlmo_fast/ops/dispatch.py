@@ -62,7 +62,7 @@ _IMPLEMENTATIONS: dict[str, tuple[_Implementation, ...]] = {
             _everywhere("torch's fused attention; no S x S scores in device memory where its kernels take the bias"),
             automatic=lambda problem: problem.device != "cpu",
         ),
-        _Implementation("eager", _everywhere("the reference; on a CPU 2 to 9 times faster than sdpa with a bias")),
+        _Implementation("eager", _everywhere("the reference; on a CPU the faster one (docs/log.md)")),
     ),
     "contrastive_loss": (_Implementation("eager", _everywhere("the reference: stores the N x N logits")),),
 }
