@@ -74,6 +74,23 @@ def test_each_parameter_has_one_optimiser(data):
     assert all(dict(network.named_parameters())[name].ndim < 2 for name in groups[2])
 
 
+def test_scheduled_learning_rates_reach_both_optimisers(data):
+    """Also after a round trip of the state, which accelerate makes and which replaces the groups."""
+    network = make_network(TINY, data)
+    optimizer = MuonAdamW(network, TINY)
+    optimizer.load_state_dict(optimizer.state_dict())
+    network(**next(iter(StepBatches(data, TINY)))).loss.backward()
+    before = {name: p.detach().clone() for name, p in network.named_parameters()}
+    for rate in (0.0, 1e-3):
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.step()
+        moved = {name for name, p in network.named_parameters() if not torch.equal(p, before[name])}
+        assert bool(moved) == bool(rate)
+    assert any(".blocks." in name for name in moved)
+    assert any("embeddings" in name for name in moved)
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("demo")

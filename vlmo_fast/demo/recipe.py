@@ -254,13 +254,16 @@ class MuonAdamW(torch.optim.Optimizer):
             ),
             torch.optim.AdamW(adamw_groups, lr=recipe.learning_rate, betas=(0.9, 0.98)),
         )
-        super().__init__([group for optimizer in self.optimizers for group in optimizer.param_groups], {})
-        # The very groups of the two, so that a scheduler's learning rates reach them.
-        self.param_groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
+        super().__init__([dict(group) for group in self._own_groups()], {})
+
+    def _own_groups(self) -> list[dict[str, Any]]:
+        return [group for optimizer in self.optimizers for group in optimizer.param_groups]
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """One step of both."""
+        """One step of both, at the learning rates that a scheduler set here."""
+        for own, scheduled in zip(self._own_groups(), self.param_groups, strict=True):
+            own["lr"] = scheduled["lr"]
         for optimizer in self.optimizers:
             optimizer.step()
 
