@@ -65,13 +65,13 @@ class Recipe:
     """
 
     seed: int = 0
-    num_steps: int = 520
+    num_steps: int = 560
     num_contrast_steps: int = 100
     num_first_captions: int = 96
-    num_captions: int = 64
+    num_captions: int = 96
     num_questions: int = 128
-    num_scene_questions: int = 16
-    num_statements: int = 64
+    num_scene_questions: int = 8
+    num_statements: int = 32
     muon_learning_rate: float = 0.02
     learning_rate: float = 2e-3
     weight_decay: float = 0.05
