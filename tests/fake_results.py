@@ -81,7 +81,7 @@ def fake_results(world: SceneWorld | None = None) -> DemoResults:
                 "cpu",
                 "float32",
                 "eager",
-                "the reference; on a CPU 2 to 9 times faster than sdpa with a bias",
+                "the reference; on a CPU the faster one (docs/log.md)",
             ),
             ("attention", "cuda", "bfloat16", "sdpa", "torch's fused attention; no S x S scores in device memory"),
             ("contrastive_loss", "cpu", "float32", "eager", "the reference: stores the N x N logits"),

@@ -107,7 +107,7 @@ def test_wrappers(wrap, tmp_path):
 
 
 def test_index_buffers_of_released_files_are_ignored():
-    """behaviour.md 23: the released base file holds three index tables that the code no longer saves."""
+    """The released base file holds three index tables that the code no longer saves."""
     assert IGNORED == (
         "relative_position_index",
         "text_relative_position_index",
@@ -422,7 +422,7 @@ def on_meta(kind: str, arch: str, **options) -> dict[str, Tensor]:
     }
 
 
-# official/keys.md, "Parameter counts (all nn.Parameters)"
+# Of the released code's own models (microsoft/unilm, vlmo/, commit 768a3c87): all nn.Parameters
 PARAMETERS = {
     ("base", "pretrain"): 202445470,
     ("base", "vqa"): 182014617,

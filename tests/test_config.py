@@ -29,7 +29,7 @@ def test_every_field_is_documented():
     assert [name for name in FIELDS if name not in described] == []
 
 
-# The table of vlmo-spec.md: layers, width, heads, vl layers, positions, layer scale, and what follows from them.
+# The presets of the release and the paper: layers, width, heads, vl layers, positions, layer scale, and what follows from them.
 @pytest.mark.parametrize(
     ("preset", "layers", "width", "heads", "vl_layers", "positions", "layer_scale", "head_dim", "first_vl_layer"),
     [
@@ -58,7 +58,7 @@ def test_defaults_are_the_base_model():
 
 
 def test_released_constants():
-    """behaviour.md 1 and 13: norm epsilons 1e-6 and 1e-12, logit scale log(1 / 0.07), no dropout."""
+    """As released: norm epsilons 1e-6 and 1e-12, logit scale log(1 / 0.07), no dropout."""
     config = MoMEConfig()
     assert (config.layer_norm_eps, config.text_layer_norm_eps) == (1e-6, 1e-12)
     assert config.logit_scale_init_value == math.log(1 / 0.07)

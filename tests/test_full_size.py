@@ -15,7 +15,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 # Both sides are float64 from the same float32 weights and differ by rounding alone: 12 to 24 layers of sums of up to
 # 4,096 products, each right to about 4,096 * 1.1e-16 = 5e-13 at worst. Relative Frobenius error of an output.
 TOLERANCE = 1e-11
-COUNTS = {"base": 202445470, "base_plus": 184980734, "large": 599127102}  # official/keys.md, pre-training
+COUNTS = {"base": 202445470, "base_plus": 184980734, "large": 599127102}  # of the released pre-training models
 
 
 def check(ours: torch.Tensor, exact: np.ndarray, what: str, tolerance: float = TOLERANCE) -> None:

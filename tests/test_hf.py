@@ -184,7 +184,7 @@ def test_logit_scales_start_where_configured(head, tmp_path):
 
 
 def test_vision_language_stage_from_the_language_stage(tmp_path):
-    """behaviour.md 12: a text-stage model holds no vl experts; they start fresh, all else is kept."""
+    """As released: a text-stage model holds no vl experts; they start fresh, all else is kept."""
     source = build("VLMoForMaskedLM", num_vl_layers=0)
     source.save_pretrained(tmp_path)
     model, info = report_of("VLMoForPreTraining", tmp_path, num_vl_layers=1)
@@ -600,7 +600,7 @@ def test_image_classification_reads_the_mean_of_the_patches():
 
 
 def test_heads_have_the_released_form():
-    """Two-layer classifiers: Linear to 2 D, norm with torch's epsilon, GELU, Linear (behaviour.md 1)."""
+    """Two-layer classifiers: Linear to 2 D, norm with torch's epsilon, GELU, Linear."""
     model = build("VLMoForQuestionAnswering")
     pooled = torch.randn(3, 24)
     c = model.classifier

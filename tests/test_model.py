@@ -325,7 +325,7 @@ def test_image_type_ids():
 
 
 def test_text_embedding_by_hand():
-    """Both type embeddings of behaviour.md 7, and positions in the absolute model alone (5)."""
+    """Both type embeddings of the release, and positions in the absolute model alone."""
     for kind in POSITIONS:
         model = shared(kind)
         embedding = model.text_embeddings
@@ -551,7 +551,7 @@ def test_exactly_the_used_parameters_get_gradients(kind, path):
 
 
 def test_unused_text_positions_are_frozen():
-    """They stay in relative models for the released checkpoints' sake only (behaviour.md 5)."""
+    """They stay in relative models for the released checkpoints' sake only."""
     for kind in POSITIONS:
         weight = shared(kind).text_embeddings.position_embeddings.weight
         fresh = MoMETransformer(MoMEConfig(**SIZES, position_embedding_type=kind))
@@ -801,7 +801,7 @@ def test_drop_path_grows_linearly(layers, rates):
 
 
 def test_drop_path_draws(monkeypatch):
-    """behaviour.md 17: one draw for the attention of the whole sequence, and one for each group's expert."""
+    """As released: one draw for the attention of the whole sequence, and one for each group's expert."""
     calls = []
 
     def spy(x, rate):

@@ -19,7 +19,7 @@ from vlmo_fast.positions import (
 
 
 def row_of(query: int, key: int, num_text: int, n: int, t_init: int) -> int:
-    """Row for one (query, key), word for word from goldens.md section 3."""
+    """Row for one (query, key), written out from the release's rule, pair by pair."""
     r = (2 * n - 1) ** 2 + 3
     a = r + 2 * t_init + 2
     query_is_text, key_is_text = query < num_text, key < num_text
@@ -149,7 +149,7 @@ def test_bias_gradient_counts_the_uses():
 
 
 def scipy_resize(table: np.ndarray, n_source: int, n_target: int) -> np.ndarray:
-    """The released rule by scipy's own spline, from the text of goldens.md section 5."""
+    """The released rule by scipy's own spline."""
     side, n, m = 2 * n_source - 1, (2 * n_source - 1) // 2, (2 * n_target - 1) // 2
     left, right, q = 1.01, 1.5, 0.0
     while right - left > 1e-6:
@@ -204,7 +204,7 @@ def test_resized_table_is_rounded_once(dtype):
 
 @pytest.mark.parametrize(("source", "target", "q"), [(14, 24, 1.090307), (14, 30, 1.125056), (4, 6, 1.5), (6, 4, 1.01)])
 def test_ratio(source, target, q):
-    """The ratios of behaviour.md 22; the bisection stops within 1e-6, so six decimals are all it determines."""
+    """The released ratios; the bisection stops within 1e-6, so six decimals are all it determines."""
     distances, ratio = geometric_distances(source - 1, target - 1)
     assert ratio == pytest.approx(q, abs=1.5e-6)
     assert len(distances) == 2 * source - 1

@@ -158,7 +158,8 @@ class NoFusion(nn.Module):
     """The control: answers from the dual encoder's two embeddings alone, (B, D) each, and their product.
 
     It sees what a search index would hold of the picture and of the question, and nothing of their interplay inside the
-    network. Its head is wider than the fusion encoder's and fitted on as many questions.
+    network. The embeddings are frozen, and were never trained on questions; in return the head is wider than the fusion
+    encoder's, and is fitted in several passes over all training questions, more than the network itself saw.
     """
 
     def __init__(self, hidden_size: int, num_answers: int) -> None:
