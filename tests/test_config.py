@@ -29,7 +29,7 @@ def test_every_field_is_documented():
     assert [name for name in FIELDS if name not in described] == []
 
 
-# The presets of the release and the paper: layers, width, heads, vl layers, positions, layer scale, and what follows from them.
+# The presets of the release: layers, width, heads, vl layers, positions, layer scale, and what follows from them.
 @pytest.mark.parametrize(
     ("preset", "layers", "width", "heads", "vl_layers", "positions", "layer_scale", "head_dim", "first_vl_layer"),
     [
