@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from vlmo_fast import ops
-from vlmo_fast.ops import dispatch
+from vlmo_fast.ops import _attention, dispatch
 
 # Relative Frobenius error against float64 on the same, already rounded inputs. In half precision the softmax weights
 # and the output are rounded, half an eps each. In float32 the scores round too: a score of size s moves its weight by
@@ -336,17 +336,19 @@ def test_the_op_runs_what_was_selected(monkeypatch):
     """`attention` runs the implementation by the name that `select` gave, whatever it is."""
     tensors = (torch.ones(1, 1, 2, 4),) * 3
     monkeypatch.setattr(ops.reference, "attention", lambda *_: "the reference")
-    monkeypatch.setattr(ops, "_sdpa", lambda *_: "sdpa")
+    monkeypatch.setattr(_attention, "_sdpa", lambda *_: "sdpa")
     assert ops.attention(*tensors, backend="eager") == "the reference"
     assert ops.attention(*tensors, backend="sdpa") == "sdpa"
     assert ops.attention(*tensors) == "the reference"
-    monkeypatch.setattr(ops, "select", lambda op, problem, backend: "sdpa")
+    monkeypatch.setattr(_attention, "select", lambda op, problem, backend: "sdpa")
     assert ops.attention(*tensors) == "sdpa"
 
 
 def test_the_problem_describes_the_call(monkeypatch):
     seen = []
-    monkeypatch.setattr(ops, "select", lambda op, problem, backend: seen.append((op, problem, backend)) or "eager")
+    monkeypatch.setattr(
+        _attention, "select", lambda op, problem, backend: seen.append((op, problem, backend)) or "eager"
+    )
     query = torch.ones(1, 1, 2, 4, requires_grad=True)
     plain = query.detach()
     ops.attention(plain, plain, plain)
@@ -366,7 +368,7 @@ def test_the_problem_describes_the_call(monkeypatch):
 @pytest.mark.parametrize("which", [1, 2], ids=["key", "value"])
 def test_gradients_of_key_and_value_count(monkeypatch, which):
     seen = []
-    monkeypatch.setattr(ops, "select", lambda op, problem, backend: seen.append(problem.needs_grad) or "eager")
+    monkeypatch.setattr(_attention, "select", lambda op, problem, backend: seen.append(problem.needs_grad) or "eager")
     tensors = [torch.ones(1, 1, 2, 4, requires_grad=index == which) for index in range(3)]
     ops.attention(*tensors)
     assert seen == [True]
