@@ -64,6 +64,15 @@ _IMPLEMENTATIONS: dict[str, tuple[_Implementation, ...]] = {
         ),
         _Implementation("eager", _everywhere("the reference; on a CPU the faster one (docs/log.md)")),
     ),
+    "packed_attention": (
+        _Implementation(
+            "sdpa",
+            _everywhere("torch's fused attention, a call for each shape of sequence; backward written out"),
+            automatic=lambda problem: problem.device != "cpu" and not problem.needs_grad,
+        ),
+        _Implementation("bucketed", _everywhere("matrix products and softmax for each shape of sequence")),
+        _Implementation("eager", _everywhere("the reference: a loop over the sequences")),
+    ),
     "contrastive_loss": (_Implementation("eager", _everywhere("the reference: stores the N x N logits")),),
 }
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["attention", "contrastive_loss"]
+__all__ = ["attention", "contrastive_loss", "packed_attention"]
 
 
 def attention(
@@ -32,6 +32,45 @@ def attention(
     if key_mask is not None:
         scores = scores.masked_fill(~key_mask[:, None, None, :], float("-inf"))
     return scores.softmax(dim=-1).to(value.dtype) @ value
+
+
+def packed_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    segments: Tensor,
+    bias: Tensor | None,
+    cls_only: bool,
+    scale: float,
+) -> Tensor:
+    """Attention within each sequence of a packed batch, one sequence after the other.
+
+    Args:
+        query: (N, H, d), or (B, H, d) with `cls_only`.
+        key: (N, H, d).
+        value: (N, H, d).
+        segments: (B, 2, 3) integers, (first row, length, first bias row) of each sequence's text and of its image.
+        bias: (H, R, R), added to the scaled scores, or None.
+        cls_only: whether each sequence has one query, that of its first token.
+        scale: factor of the scores.
+
+    Returns:
+        (N, H, d), or (B, H, d) with `cls_only`, in the query's dtype; 0 in rows that no sequence owns.
+    """
+    compute_dtype = torch.promote_types(query.dtype, torch.float32)
+    owned, results = [torch.empty(0, dtype=torch.int64)], [query[:0]]
+    for sequence, parts in enumerate(segments.tolist()):
+        rows = torch.cat([torch.arange(row, row + length) for row, length, _ in parts])  # (S,)
+        places = torch.cat([torch.arange(place, place + length) for _, length, place in parts])  # (S,) rows of bias
+        num_queries = min(1, len(rows)) if cls_only else len(rows)
+        query_rows = torch.tensor([sequence] * num_queries, dtype=torch.int64) if cls_only else rows
+        scores = torch.einsum("qhd,khd->hqk", query[query_rows].to(compute_dtype) * scale, key[rows].to(compute_dtype))
+        if bias is not None:
+            scores = scores + bias[:, places[:num_queries]][:, :, places]
+        weights = scores.softmax(dim=-1).to(value.dtype)  # (H, queries, S)
+        owned.append(query_rows)
+        results.append(torch.einsum("hqk,khd->qhd", weights, value[rows]))
+    return torch.zeros_like(query).index_copy(0, torch.cat(owned).to(query.device), torch.cat(results))
 
 
 def contrastive_loss(image_embeds: Tensor, text_embeds: Tensor, logit_scale: Tensor) -> Tensor:
