@@ -3,13 +3,17 @@
 import os
 import random
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 # NumPy's own thread pool and torch's fight over the cores; the oracle's matrices are small. Before NumPy is imported.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import pytest
 import torch
+
+# Without a GPU, Triton kernels run in Triton's interpreter, on CPU tensors. Triton reads this when a kernel is defined.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # Small tensors get slower, not faster, on many threads. OMP_NUM_THREADS overrides.
 if "OMP_NUM_THREADS" not in os.environ:
@@ -36,6 +40,15 @@ def _seed() -> None:
     """The same random numbers in each test, whichever tests ran before."""
     random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def nan_filled_empty() -> Iterator[None]:
+    """`torch.empty` and its like hold NaN, so that an output which a kernel leaves unwritten shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture

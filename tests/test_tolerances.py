@@ -1,0 +1,64 @@
+"""The comparison that every fast path goes through can fail, in each way that it should."""
+
+import pytest
+import tolerances
+import torch
+
+
+def test_accepts_what_eager_does() -> None:
+    exact = torch.randn(50, 40, dtype=torch.float64)
+    eager = exact.bfloat16()
+    tolerances.check("x", eager, exact, eager)
+
+
+@pytest.mark.parametrize("dtype", list(tolerances.CAPS), ids=str)
+def test_refuses_more_than_the_cap_however_bad_eager_is(dtype: torch.dtype) -> None:
+    exact = torch.randn(50, 40, dtype=torch.float64)
+    off = exact * (1 + 1.1 * tolerances.CAPS[dtype])
+    with pytest.raises(AssertionError, match="x: frobenius error"):
+        tolerances.check("x", off, exact, off, dtype)
+
+
+def test_refuses_four_times_the_eager_error() -> None:
+    exact = torch.randn(50, 40, dtype=torch.float64)
+    eager = exact.bfloat16()
+    worse = exact + 4 * (eager.double() - exact)
+    assert tolerances.errors(worse, exact).frobenius < tolerances.CAPS[torch.bfloat16]
+    with pytest.raises(AssertionError, match="x: frobenius error"):
+        tolerances.check("x", worse, exact, eager, torch.bfloat16)
+
+
+def test_refuses_one_bad_row_that_the_norm_hides() -> None:
+    exact = torch.randn(5000, 8, dtype=torch.float64)
+    actual = exact.clone()
+    actual[17] += 0.05
+    assert tolerances.errors(actual, exact).frobenius < 0.001
+    with pytest.raises(AssertionError, match="x: worst_row error"):
+        tolerances.check("x", actual, exact, exact.bfloat16(), torch.bfloat16)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_refuses_what_is_not_finite(bad: float) -> None:
+    exact = torch.randn(50, 40, dtype=torch.float64)
+    actual = exact.clone()
+    actual[3, 3] = bad
+    with pytest.raises(AssertionError, match="x: frobenius error"):
+        tolerances.check("x", actual, exact, exact.float(), torch.float32)
+
+
+def test_zeros_must_be_zeros() -> None:
+    zeros = torch.zeros(3, 4, dtype=torch.float64)
+    tolerances.check("x", zeros.bfloat16(), zeros, zeros)
+    with pytest.raises(AssertionError, match="frobenius error inf"):
+        tolerances.check("x", zeros.bfloat16() + 1e-30, zeros, zeros)
+
+
+def test_shapes_must_agree() -> None:
+    with pytest.raises(AssertionError, match=r"\(3,\) instead of \(3, 1\)"):
+        tolerances.errors(torch.zeros(3), torch.zeros(3, 1))
+
+
+@pytest.mark.usefixtures("nan_filled_empty")
+def test_empty_is_nan_where_asked() -> None:
+    assert torch.empty(1000).isnan().all()
+    assert torch.empty_like(torch.ones(10, 10)).isnan().all()

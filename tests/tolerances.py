@@ -1,0 +1,65 @@
+"""The one table of error bounds for fast paths, and the comparison that uses it.
+
+The oracle is the eager reference in float64, on inputs drawn in the dtype under test and then promoted. Two bounds hold
+at once: the cap of the dtype, and twice the error that the same eager reference makes in the dtype under test, plus the
+band of one rounding (where eager happens to round nothing, the fast path may still round its result).
+
+Two errors are bounded: relative Frobenius, and the worst row, in which one bad tile or token cannot hide behind the
+rest. The norm of a row is floored at the root mean square of all rows, so that rows which nearly cancel do not decide.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# In units of the dtype's eps. float32 sums a few thousand products; the others round once per intermediate tensor.
+CAPS = {
+    torch.float64: 256 * torch.finfo(torch.float64).eps,
+    torch.float32: 16 * torch.finfo(torch.float32).eps,
+    torch.bfloat16: 2 * torch.finfo(torch.bfloat16).eps,
+    torch.float16: 2 * torch.finfo(torch.float16).eps,
+}
+WORST_ROW = 4  # the cap of the worst row, in caps
+BANDS = (0.25, 0.5)  # one rounding in units of eps: root mean square over many numbers (0.29 at most), worst number
+
+
+class Errors(NamedTuple):
+    """Of a tensor against the oracle."""
+
+    frobenius: float
+    worst_row: float
+
+
+def errors(actual: Tensor, exact: Tensor) -> Errors:
+    """Relative errors; rows lie along the last axis, and each element of a vector is a row."""
+    assert actual.shape == exact.shape, f"{tuple(actual.shape)} instead of {tuple(exact.shape)}"
+    exact = exact.detach().double()
+    difference = actual.detach().double() - exact
+    if exact.ndim < 2:
+        exact, difference = exact.reshape(-1, 1), difference.reshape(-1, 1)
+    sizes = exact.norm(dim=-1)
+    if not sizes.count_nonzero():  # nothing to be relative to: anything but zeros is infinitely wrong
+        error = float("inf") if not bool((difference == 0).all()) else 0.0
+        return Errors(error, error)
+    floor = sizes.square().mean().sqrt()
+    rows = difference.norm(dim=-1) / sizes.clamp(min=floor)
+    return Errors(float(difference.norm() / exact.norm()), float(rows.max()))
+
+
+def check(what: str, actual: Tensor, exact: Tensor, eager: Tensor, dtype: torch.dtype | None = None) -> None:
+    """Hold `actual` to the bounds.
+
+    Args:
+        what: named in the failure.
+        actual: the fast path's tensor.
+        exact: the oracle's, float64.
+        eager: the eager reference's, computed in the dtype under test.
+        dtype: whose bounds hold; None means that of `actual`.
+    """
+    dtype = actual.dtype if dtype is None else dtype
+    ours, theirs = errors(actual, exact), errors(eager, exact)
+    caps = (CAPS[dtype], WORST_ROW * CAPS[dtype])
+    for name, error, other, cap, band in zip(Errors._fields, ours, theirs, caps, BANDS, strict=True):
+        bound = min(cap, 2 * other + band * torch.finfo(dtype).eps)
+        assert error <= bound, f"{what}: {name} error {error:.2e} > {bound:.2e} (eager {other:.2e}, cap {cap:.2e})"
