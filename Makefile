@@ -51,8 +51,8 @@ format: $(INSTALLED) ## format, and mend what the linter can mend
 	$(BIN)/ruff check --fix-only
 	$(BIN)/ruff format
 
-bench: $(INSTALLED) ## run the benchmarks
-	$(BIN)/python -m pytest benchmarks -m '' --timeout 3600 $(ARGS)
+bench: $(INSTALLED) ## run the benchmarks, e.g. make bench ARGS=--quick
+	$(BIN)/python -m pytest benchmarks $(ARGS)
 
 clean: ## remove caches and build output
 	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks

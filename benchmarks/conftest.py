@@ -1,0 +1,109 @@
+"""Options, profiles and the fixture `bench` of everything under `benchmarks/`; how it measures: `harness.py`.
+
+    pytest benchmarks --quick             a smoke run of about three minutes
+    pytest benchmarks --cpu               every ratio promised for a CPU; at most 20 minutes on two cores
+    pytest benchmarks --gpu --time-limit 300      on a CUDA device, the most important first, until the time is up
+    pytest benchmarks -k ffn              one family, everything that this machine can run
+
+`--results FILE` says where the JSON goes (else `.benchmarks/<date>-<commit>.json`).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.harness import PROFILES, ROOT, Bench, Results
+
+RESULTS = pytest.StashKey[Results]()
+STARTED = pytest.StashKey[float]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("vlmo_fast benchmarks")
+    for name, text in (
+        ("--quick", "a smoke run of about three minutes"),
+        ("--cpu", "every ratio promised for a CPU, on the CPU"),
+        ("--gpu", "on a CUDA device, by priority"),
+    ):
+        group.addoption(name, dest="profile", action="store_const", const=name.strip("-"), help=text)
+    group.addoption("--time-limit", type=float, default=None, metavar="SECONDS", help="start no benchmark after this")
+    group.addoption("--seconds", type=float, default=None, metavar="SECONDS", help="time for the rounds of one group")
+    group.addoption("--results", type=Path, default=None, metavar="FILE", help="the JSON file to write")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line(
+        "markers", 'profile("quick", "cpu", gpu=PRIORITY): the profiles that run this benchmark; priority 1 comes first'
+    )
+    if config.option.profile == "gpu" and not torch.cuda.is_available():
+        raise pytest.UsageError(f"--gpu needs a CUDA device; torch {torch.__version__} finds none")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    profile = config.option.profile
+    chosen, others = [], []
+    for item in items:
+        item.add_marker(pytest.mark.timeout(3600))
+        (chosen if profile is None or profile in profiles(item) else others).append(item)
+    if profile == "gpu":
+        chosen.sort(key=lambda item: profiles(item)["gpu"])
+    if others:
+        config.hook.pytest_deselected(items=others)
+    items[:] = chosen
+
+
+def profiles(item: pytest.Item) -> dict[str, int]:
+    """The profiles that run a benchmark, by all its marks together (a parameter's add to the function's)."""
+    found: dict[str, int] = {}
+    for marker in item.iter_markers("profile"):
+        found |= dict.fromkeys(marker.args, 0) | marker.kwargs
+    return found
+
+
+@pytest.fixture
+def bench(request: pytest.FixtureRequest, benchmark: Any) -> Bench:
+    """The door to the harness: `bench.group(...)`."""
+    config = request.config
+    options = config.option
+    started = config.stash.setdefault(STARTED, time.monotonic())
+    if options.time_limit is not None and time.monotonic() - started > options.time_limit:
+        benchmark.skipped = True
+        pytest.skip(f"the time limit of {options.time_limit:g} s is up")
+    profile = options.profile or "all"
+    device = torch.device("cuda" if torch.cuda.is_available() and profile != "cpu" else "cpu")
+    settings = PROFILES[profile]
+    if options.seconds is not None:
+        settings = replace(settings, seconds=options.seconds)
+    if RESULTS not in config.stash:
+        results = Results(options.results, profile, device)
+        if benchmark.enabled and results.path is None:
+            now = datetime.now(timezone.utc).strftime("%Y-%m-%d-%H%M%S")
+            results.path = ROOT / ".benchmarks" / f"{now}-{(results.data['commit']['id'] or 'unknown')[:8]}.json"
+        config.stash[RESULTS] = results
+    torch.manual_seed(0)
+    return Bench(config.stash[RESULTS], settings, device, benchmark, _writer(config))
+
+
+def _writer(config: pytest.Config) -> Callable[[str], None]:
+    reporter = config.pluginmanager.getplugin("terminalreporter")
+
+    def write(text: str) -> None:
+        reporter.ensure_newline()
+        for line in text.split("\n"):
+            reporter.write_line(line)
+
+    return write
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    results = config.stash.get(RESULTS, None)
+    if results is not None and results.path is not None and results.data["groups"]:
+        terminalreporter.write_line(f"benchmark results: {results.path}")
