@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         VLMoForQuestionAnswering,
     )
     from vlmo_fast.model import MoMEOutput, MoMETransformer
+    from vlmo_fast.pretrained import load_beit, load_bert_embeddings
 
     __version__: str
 
@@ -30,6 +31,8 @@ __all__ = [
     "MoMEOutput",
     "load_official",
     "save_official",
+    "load_beit",
+    "load_bert_embeddings",
     "VLMoConfig",
     "VLMoForPreTraining",
     "VLMoForMaskedLM",
@@ -44,6 +47,7 @@ _NAMES_OF_MODULE = {
     "vlmo_fast.config": ("MoMEConfig",),
     "vlmo_fast.model": ("MoMETransformer", "MoMEOutput"),
     "vlmo_fast.checkpoints": ("load_official", "save_official"),
+    "vlmo_fast.pretrained": ("load_beit", "load_bert_embeddings"),
     "vlmo_fast.hf.configuration": ("VLMoConfig",),
     "vlmo_fast.hf.modeling": (
         "VLMoForPreTraining",

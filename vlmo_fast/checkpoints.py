@@ -6,32 +6,51 @@ dictionary of tensors whose names tell which task it was saved from; `KINDS` lis
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from vlmo_fast._files import read_tensors, write_whole
 from vlmo_fast.config import PRESETS, MoMEConfig
 from vlmo_fast.positions import resize_absolute_positions, resize_relative_bias_table
 
 if TYPE_CHECKING:
+    from vlmo_fast.hf.configuration import VLMoConfig
     from vlmo_fast.hf.modeling import VLMoPreTrainedModel
 
-__all__ = ["load_official", "official_names", "official_state_dict", "save_official"]
+__all__ = [
+    "Conversion",
+    "LoadingReport",
+    "load_official",
+    "official_names",
+    "official_state_dict",
+    "open_official",
+    "save_official",
+]
+
+_logger = logging.getLogger(__name__)
 
 TEXT_RELATIVE_SPAN = 196  # text lengths covered by every released relative table, whatever the model's own limit
 EXPERTS = {"language": "text", "vision": "imag", "vl": "vl"}
 IGNORED = ("relative_position_index", "text_relative_position_index", "text_imag_relative_position_index")
 POSITION_IDS = "text_embeddings.position_ids"  # a constant of the released text embedding: 0, 1, 2, ...
+_NUM_LABELS = {"vqa": 3129, "nlvr2": 2}
+_READ_OFF = (  # settings that the tensors fix
+    *("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "patch_size", "stem_patch_size"),
+    *("num_channels", "vocab_size", "position_embedding_type", "text_relative_span"),
+)
 
 
 class Kind(NamedTuple):
-    """A task that checkpoints are released for: its model class, and the heads that it holds."""
+    """A task: its model class, and the heads that it holds."""
 
     model_class: str
     heads: tuple[str, ...]
@@ -43,6 +62,12 @@ KINDS = {
     "vqa": Kind("VLMoForQuestionAnswering", ("pooler", "vqa")),
     "nlvr2": Kind("VLMoForImagesAndTextClassification", ("pooler", "nlvr2")),
     "text": Kind("VLMoForMaskedLM", ("pooler", "mlm")),
+}  # those that checkpoints are released for
+TASKS = {
+    **KINDS,
+    "retrieval": Kind("VLMoForImageTextRetrieval", ("logit_scale", "pooler", "itc", "itm")),
+    "mim": Kind("VLMoForMaskedImageModeling", ()),
+    "classification": Kind("VLMoForImageClassification", ()),
 }
 
 # (released, ours) prefixes or names of each head; a name without suffix stands for .weight and .bias.
@@ -80,65 +105,287 @@ _HEADS: dict[str, tuple[tuple[str, str], ...]] = {
 }
 
 
+@dataclass(frozen=True)
+class LoadingReport:
+    """What became of a checkpoint's tensors.
+
+    Attributes:
+        source: what the checkpoint is: a key of `KINDS`, or "beit".
+        task: the task of the model, a key of `TASKS`.
+        taken: number of the model's tensors that come from the checkpoint.
+        resized: those of them that were fitted to other sizes (positions, type rows); the model's names.
+        fresh: the model's tensors that the checkpoint has none for, newly initialised; the model's names.
+        unused: the checkpoint's tensors that the model has no place for; the checkpoint's names.
+    """
+
+    source: str
+    task: str
+    taken: int
+    resized: tuple[str, ...]
+    fresh: tuple[str, ...]
+    unused: tuple[str, ...]
+
+    def __str__(self) -> str:
+        lines = [f"{self.task} model from a {self.source} checkpoint: {self.taken} tensors taken"]
+        for what, names in (("resized", self.resized), ("fresh", self.fresh), ("unused", self.unused)):
+            lines += [f"{len(names)} {what}:", *(f"  {name}" for name in names)] if names else []
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """A checkpoint read, checked and fitted to a model, before that model is built.
+
+    Attributes:
+        config: the model's configuration.
+        tensors: the model's tensors that the checkpoint gives, under the model's names.
+        report: what became of each tensor.
+    """
+
+    config: VLMoConfig
+    tensors: dict[str, Tensor]
+    report: LoadingReport
+
+    def build(self) -> VLMoPreTrainedModel:
+        """The model, in eval mode; what the checkpoint does not give is drawn from torch's global generator."""
+        model = _on_meta(self.report.task, self.config)
+        dtype = next(iter(self.tensors.values())).dtype
+        fresh = set(self.report.fresh)
+        for prefix, module in model.named_modules():
+            own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+            if any(f"{prefix}.{name}".lstrip(".") in fresh for name, _ in own):
+                for name, tensor in own:
+                    empty = torch.empty(tensor.shape, dtype=dtype)
+                    setattr(module, name, torch.nn.Parameter(empty) if name in module._parameters else empty)
+                model._init_weights(module)
+        model.load_state_dict(self.tensors, strict=False, assign=True)
+        model.config.dtype = dtype
+        return model.eval()
+
+
 def load_official(
-    path_or_state_dict: str | os.PathLike[str] | Mapping[str, Any],
+    source: str | os.PathLike[str] | Mapping[str, Any],
     *,
+    task: str | None = None,
     image_size: int | None = None,
     num_attention_heads: int | None = None,
+    **settings: Any,
 ) -> VLMoPreTrainedModel:
     """The model of a released VLMo checkpoint, with its weights.
 
-    The kind of the checkpoint decides the class: pre-training, retrieval, VQA, NLVR2 or text stage. Tensors may stand
-    in the file itself or under "state_dict", "module" or "model". Opening a file runs no code from it.
+    The kind of the checkpoint decides the class, unless `task` asks for another: then the backbone and the heads that
+    both tasks have are taken, and the other heads start fresh, which a warning lists. Tensors may stand in the file
+    itself or under "state_dict", "module" or "model". Opening a file runs no code from it.
 
     Args:
-        path_or_state_dict: a file written by the released code, or its dictionary.
+        source: a file written by the released code, in either of torch's formats or as safetensors, or its dictionary.
+        task: "pretrain", "retrieval", "vqa", "nlvr2", "text", "mim" (masked images) or "classification"; None is the
+            checkpoint's own.
         image_size: side of the images to be used, pixels; positions are resized where the checkpoint has another.
             None keeps the checkpoint's.
         num_attention_heads: only needed for absolute positions in a width that no preset has.
+        **settings: other fields of `VLMoConfig`: `drop_path_rate`, `num_labels`, `max_text_length` (text positions are
+            cut), `num_vl_layers` (a text-stage checkpoint holds none; the presets' number where it is not given),
+            `num_image_types`, `has_itm_head`, ... Sizes of the tensors themselves cannot be changed.
 
     Returns:
         A `VLMoFor...` in eval mode, in the checkpoint's dtype, on CPU; its backbone is `.backbone`.
 
     Raises:
-        ValueError: not a VLMo checkpoint, or tensors are missing, unknown, misshapen or of a wrong dtype; the message
-            lists them.
+        ValueError: not a VLMo checkpoint, or tensors are missing, unknown, misshapen, not finite or of a wrong dtype;
+            the message lists them. Or a setting that the tensors do not allow.
         FileNotFoundError: there is no such file.
         ImportError: transformers is not installed.
     """
-    tensors = _read(path_or_state_dict)
-    kind, settings = _describe(tensors, num_attention_heads)
+    conversion = open_official(
+        source, task=task, image_size=image_size, num_attention_heads=num_attention_heads, **settings
+    )
+    if conversion.report.fresh or (task and conversion.report.unused):
+        _logger.warning("load_official: %s", conversion.report)
+    return conversion.build()
 
-    from vlmo_fast.hf import modeling
+
+def open_official(
+    source: str | os.PathLike[str] | Mapping[str, Any],
+    *,
+    task: str | None = None,
+    image_size: int | None = None,
+    num_attention_heads: int | None = None,
+    **settings: Any,
+) -> Conversion:
+    """Read, check and convert a released checkpoint, with a report of every tensor; arguments as `load_official`."""
+    if task is not None and task not in TASKS:
+        raise ValueError(f"load_official: task must be one of {sorted(TASKS)}, got {task!r}")
+    tensors = read_tensors(source, "load_official")
+    kind, found = _describe(tensors, num_attention_heads)
+
     from vlmo_fast.hf.configuration import VLMoConfig
 
-    config = VLMoConfig(**settings)
-    with torch.device("meta"):
-        model: VLMoPreTrainedModel = getattr(modeling, KINDS[kind].model_class)(config)
-    names = official_names(model)
-    shapes = {name: parameter.shape for name, parameter in model.state_dict().items()}
+    own = VLMoConfig(**found)
+    names = dict(_names(own.mome, KINDS[kind].heads))
+    ignored = (*IGNORED, POSITION_IDS)
+    shapes = {name: x.shape for name, x in _on_meta(kind, own).state_dict().items()}
+    check_tensors(
+        tensors, {theirs: shapes[ours] for theirs, ours in names.items()}, ignored, f"load_official: the {kind}"
+    )
+    state = {ours: tensors.pop(theirs).detach().clone() for theirs, ours in names.items()}
 
-    problems = [f"missing: {name}" for name in names if name not in tensors]
-    problems += [
-        f"unexpected: {name}" for name in tensors if name not in names and name not in (*IGNORED, POSITION_IDS)
+    task = kind if task is None else task
+    for name in _READ_OFF:
+        if name in settings and settings[name] != getattr(own, name):
+            raise ValueError(
+                f"load_official: {name} must be the checkpoint's {getattr(own, name)}, got {settings[name]}"
+            )
+    settings = {**_settings_of_task(task, kind, own, settings), **settings}
+    if image_size is not None:
+        settings["image_size"] = image_size
+    origin = {ours: theirs for theirs, ours in names.items()}
+    return fit("load_official", kind, state, origin, own, task, VLMoConfig(**{**found, **settings}))
+
+
+def _settings_of_task(task: str, kind: str, own: VLMoConfig, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What a task changes in the settings of a checkpoint of another kind, as the released fine-tuning does."""
+    if task == kind:
+        return {}
+    changed: dict[str, Any] = {
+        "num_image_types": 2 if task == "nlvr2" else 1,
+        "has_itm_head": "itm" in KINDS[kind].heads,
+    }
+    if task in _NUM_LABELS:
+        changed["num_labels"] = _NUM_LABELS[task]
+    elif task == "classification" and "num_labels" not in settings:
+        raise ValueError("load_official: num_labels must be given for the task 'classification', got None")
+    if kind == "text":
+        changed["max_text_length"] = min(own.max_text_length, MoMEConfig.max_text_length)
+    if kind == "text" and own.num_vl_layers == 0 and task in ("pretrain", "retrieval", "vqa", "nlvr2"):
+        presets = {preset["num_hidden_layers"]: preset["num_vl_layers"] for preset in PRESETS.values()}
+        changed["num_vl_layers"] = settings.get("num_vl_layers", presets.get(own.num_hidden_layers))
+        if changed["num_vl_layers"] is None:
+            raise ValueError(
+                "load_official: num_vl_layers must be given (a text-stage checkpoint holds none, and no preset has "
+                f"this depth), got None for {own.num_hidden_layers} layers"
+            )
+    return changed
+
+
+def fit(
+    who: str,
+    source: str,
+    state: dict[str, Tensor],
+    origin: Mapping[str, str],
+    own: VLMoConfig,
+    task: str,
+    config: VLMoConfig,
+    unused: Iterable[str] = (),
+) -> Conversion:
+    """Fit a checkpoint's tensors to the model of a task: shared heads kept, positions and type rows resized.
+
+    Args:
+        who: begins each error message.
+        source: what the checkpoint is, a key of `KINDS` or "beit".
+        state: its tensors under our names; changed.
+        origin: the checkpoint's name of each of them.
+        own: the configuration that the tensors have now.
+        task: a key of `TASKS`.
+        config: the configuration wanted.
+        unused: names of further tensors of the checkpoint that no model of ours has a place for.
+
+    Raises:
+        ValueError: a tensor does not fit into the model.
+    """
+    heads = KINDS[source].heads if source in KINDS else ()
+    left = [ours for head in heads if head not in TASKS[task].heads for _, ours in _HEADS[head]]
+    if task in ("vqa", "nlvr2") and config.num_labels != own.num_labels:
+        left += [name for name in state if name.startswith("classifier.fc2.")]
+    for name in left:
+        state.pop(name, None)
+    resized = _resize(who, state, own, config)
+    shapes = {name: x.shape for name, x in _on_meta(task, config).state_dict().items()}
+    taken = {name: x for name, x in state.items() if name in shapes}
+    misshapen = [
+        f"shape of {origin[name]}: {tuple(x.shape)}, expected {tuple(shapes[name])}"
+        for name, x in taken.items()
+        if x.shape != shapes[name]
     ]
-    for theirs, ours in names.items():
-        if theirs in tensors and tensors[theirs].shape != shapes[ours]:
-            problems.append(f"shape of {theirs}: {tuple(tensors[theirs].shape)}, expected {tuple(shapes[ours])}")
-        if theirs in tensors and not tensors[theirs].is_floating_point():
-            problems.append(f"dtype of {theirs}: {tensors[theirs].dtype}, expected a float dtype")
+    if misshapen:
+        raise ValueError(
+            f"{who}: the {source} checkpoint must fit into the {task} model, got {len(misshapen)} problems:\n  "
+            + "\n  ".join(misshapen)
+        )
+    report = LoadingReport(
+        source=source,
+        task=task,
+        taken=len(taken),
+        resized=tuple(name for name in resized if name in taken),
+        fresh=tuple(name for name in shapes if name not in taken),
+        unused=(*(theirs for ours, theirs in origin.items() if ours not in taken), *unused),
+    )
+    return Conversion(config, taken, report)
+
+
+def _resize(who: str, state: dict[str, Tensor], own: VLMoConfig, config: VLMoConfig) -> list[str]:
+    """Fit positions and type rows to another configuration; the names of the tensors that changed."""
+    table, image, text, types = (
+        f"backbone.{name}"
+        for name in (
+            "relative_position_bias.table",
+            "image_embeddings.position_embeddings",
+            "text_embeddings.position_embeddings.weight",
+            "modality_type_embeddings.weight",
+        )
+    )
+    changed = []
+    old, new = own.mome.window_size, config.mome.window_size
+    if old != new:
+        if table in state:
+            state[table] = resize_relative_bias_table(state[table], old, new)
+            changed.append(table)
+        if image in state:
+            state[image] = resize_absolute_positions(state[image], old, new)
+            changed.append(image)
+    if text in state and own.max_text_length != config.max_text_length:
+        added = config.max_text_length - own.max_text_length
+        if added > 0 and config.position_embedding_type == "absolute":
+            raise ValueError(
+                f"{who}: max_text_length must be at most the checkpoint's {own.max_text_length} positions, "
+                f"got {config.max_text_length}"
+            )
+        # Relative models never read theirs: new rows may be anything.
+        state[text] = torch.nn.functional.pad(state[text][: config.max_text_length], (0, 0, 0, max(added, 0))).clone()
+        changed.append(text)
+    if types in state and own.num_image_types != config.num_image_types:
+        rows = state[types]
+        more = rows[-1:].expand(max(config.num_image_types - own.num_image_types, 0), -1)
+        state[types] = torch.cat([rows, more])[: 1 + config.num_image_types].clone()
+        changed.append(types)
+    return changed
+
+
+def _on_meta(task: str, config: VLMoConfig) -> VLMoPreTrainedModel:
+    """The model of a task without memory."""
+    from vlmo_fast.hf import modeling
+
+    with torch.device("meta"):
+        model: VLMoPreTrainedModel = getattr(modeling, TASKS[task].model_class)(config)
+    return model
+
+
+def check_tensors(
+    tensors: Mapping[str, Tensor], shapes: Mapping[str, torch.Size], ignored: Container[str], what: str
+) -> None:
+    """Raise with a list of all tensors that are missing, unexpected, misshapen or of no float dtype."""
+    problems = [f"missing: {name}" for name in shapes if name not in tensors]
+    problems += [f"unexpected: {name}" for name in tensors if name not in shapes and name not in ignored]
+    for name, shape in shapes.items():
+        if name in tensors and tensors[name].shape != shape:
+            problems.append(f"shape of {name}: {tuple(tensors[name].shape)}, expected {tuple(shape)}")
+        if name in tensors and not tensors[name].is_floating_point():
+            problems.append(f"dtype of {name}: {tensors[name].dtype}, expected a float dtype")
     if problems:
         raise ValueError(
-            f"load_official: the {kind} checkpoint must hold exactly the tensors of its model, got {len(problems)} "
-            "problems:\n  " + "\n  ".join(problems)
+            f"{what} checkpoint must hold exactly the tensors of its model, got {len(problems)} problems:\n  "
+            + "\n  ".join(problems)
         )
-    state = {ours: tensors[theirs].detach().clone() for theirs, ours in names.items()}
-    if image_size is not None and image_size != config.image_size:
-        config = _resize_positions(state, config, image_size)
-        with torch.device("meta"):
-            model = type(model)(config)
-    model.load_state_dict(state, assign=True)
-    return model.eval()
 
 
 def official_names(model: VLMoPreTrainedModel) -> dict[str, str]:
@@ -180,47 +427,13 @@ def save_official(model: VLMoPreTrainedModel, path: str | os.PathLike[str]) -> N
     Raises:
         ValueError: the released code has no such model.
     """
-    target = Path(path)
     state = {name: tensor.cpu().contiguous() for name, tensor in official_state_dict(model).items()}
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.part")
-    try:
+
+    def write(temporary: Path) -> None:
         with temporary.open("xb") as file:
             torch.save({"state_dict": state}, file)
-        temporary.replace(target)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
-
-def _read(source: str | os.PathLike[str] | Mapping[str, Any]) -> dict[str, Tensor]:
-    """The flat dictionary of tensors in a file or in a wrapped dictionary."""
-    loaded: Any = source
-    if not isinstance(source, Mapping):
-        path = Path(source)
-        if not path.is_file():
-            raise FileNotFoundError(f"load_official: path must be a checkpoint file, got {path}")
-        try:
-            loaded = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:  # torch.load's own errors are of many types
-            raise ValueError(
-                f"load_official: {path} must be a readable torch checkpoint of tensors alone, got {error}"
-            ) from error
-        if not isinstance(loaded, Mapping):
-            raise ValueError(f"load_official: {path} must hold a dictionary, got {type(loaded).__name__}")
-    for wrapper in ("state_dict", "module", "model"):
-        if isinstance(loaded.get(wrapper), Mapping):
-            loaded = loaded[wrapper]
-            break
-    tensors = {}
-    for name, value in loaded.items():
-        if not isinstance(name, str) or not isinstance(value, Tensor):
-            kind = type(value).__name__
-            raise ValueError(f"load_official: the checkpoint must map names to tensors, got {name!r} of type {kind}")
-        name = name.removeprefix("module.")
-        if name in tensors:
-            raise ValueError(f"load_official: the checkpoint must hold each tensor once, got {name} twice")
-        tensors[name] = value
-    return tensors
+    write_whole(Path(path), write)
 
 
 def _describe(tensors: Mapping[str, Tensor], num_attention_heads: int | None) -> tuple[str, dict[str, Any]]:
@@ -383,17 +596,3 @@ def _kind_of_model(model: VLMoPreTrainedModel) -> str:
         f"save_official: model must be one of {[kind.model_class for kind in KINDS.values()]}, "
         f"got {type(model).__name__}"
     )
-
-
-def _resize_positions(state: dict[str, Tensor], config: Any, image_size: int) -> Any:
-    """Resize the positions in `state` to another image size and return the configuration that goes with it."""
-    settings = {**config.to_dict(), "image_size": image_size}
-    resized = type(config)(**settings)
-    old, new = config.mome.window_size, resized.mome.window_size
-    if config.position_embedding_type == "relative":
-        name = "backbone.relative_position_bias.table"
-        state[name] = resize_relative_bias_table(state[name], old, new)
-    else:
-        name = "backbone.image_embeddings.position_embeddings"
-        state[name] = resize_absolute_positions(state[name], old, new)
-    return resized

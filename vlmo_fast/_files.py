@@ -1,0 +1,154 @@
+"""Files of tensors: opened without running anything that they hold, written whole or not at all."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+WRAPPERS = ("state_dict", "module", "model")  # keys under which training codes keep the tensors, in order
+
+
+def read_tensors(source: str | os.PathLike[str] | Mapping[str, Any], who: str) -> dict[str, Tensor]:
+    """The flat dictionary of tensors in a file, a folder or a wrapped dictionary.
+
+    The content decides the format, whatever the suffix: torch's zip format, its legacy format, or safetensors. A folder
+    is one that transformers wrote, sharded or not.
+
+    Args:
+        source: the file, folder or dictionary.
+        who: begins each error message.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: unreadable, or not a dictionary of dense, finite tensors.
+        ImportError: a safetensors file, and the package is not installed.
+    """
+    loaded: Any = source
+    if not isinstance(source, Mapping):
+        path = Path(source)
+        loaded = _read_folder(path, who) if path.is_dir() else _read_file(path, who)
+    for wrapper in WRAPPERS:
+        if isinstance(loaded.get(wrapper), Mapping):
+            loaded = loaded[wrapper]
+            break
+    tensors = {}
+    for name, value in loaded.items():
+        if not isinstance(name, str) or not isinstance(value, Tensor):
+            kind = type(value).__name__
+            raise ValueError(f"{who}: the checkpoint must map names to tensors, got {name!r} of type {kind}")
+        name = name.removeprefix("module.")
+        if name in tensors:
+            raise ValueError(f"{who}: the checkpoint must hold each tensor once, got {name} twice")
+        tensors[name] = value
+    _check_values(tensors, who)
+    return tensors
+
+
+def _check_values(tensors: Mapping[str, Tensor], who: str) -> None:
+    for name, tensor in tensors.items():
+        if tensor.layout != torch.strided or tensor.is_quantized:
+            raise ValueError(f"{who}: {name} must be a dense tensor, got layout {tensor.layout}")
+        # A few stored numbers can claim any shape by their strides; copying it would fill the memory.
+        if not tensor.is_meta and tensor.untyped_storage().nbytes() < tensor.numel() * tensor.element_size():
+            raise ValueError(f"{who}: {name} must be stored in full, got a view of shape {tuple(tensor.shape)}")
+    broken = [name for name, x in tensors.items() if not x.is_meta and not torch.isfinite(x).all()]
+    if broken:
+        raise ValueError(
+            f"{who}: the checkpoint must hold finite numbers, got NaN or infinity in {len(broken)} of {len(tensors)} "
+            "tensors:\n  " + "\n  ".join(broken)
+        )
+
+
+def _read_file(path: Path, who: str) -> Mapping[str, Any]:
+    if not path.is_file():
+        raise FileNotFoundError(f"{who}: path must be a checkpoint file, got {path}")
+    with path.open("rb") as file:
+        if file.read(9)[8:] == b"{":  # eight bytes of length, then JSON
+            return _read_safetensors(path, who)
+    try:
+        # Training codes keep their command line beside the weights; a Namespace is a plain record. Given a path rather
+        # than an open file, torch would believe its suffix.
+        with torch.serialization.safe_globals([argparse.Namespace]), path.open("rb") as file:
+            loaded = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load's own errors are of many types
+        raise ValueError(f"{who}: {path} must be a readable torch checkpoint of tensors alone, got {error}") from error
+    if not isinstance(loaded, Mapping):
+        raise ValueError(f"{who}: {path} must hold a dictionary, got {type(loaded).__name__}")
+    return loaded
+
+
+def _read_safetensors(path: Path, who: str) -> dict[str, Tensor]:
+    try:
+        from safetensors.torch import load_file
+    except ModuleNotFoundError as error:
+        from vlmo_fast.doctor import install_command
+
+        raise ImportError(
+            f"{who}: {path} needs the package safetensors, which is not installed. "
+            f"To install it: {install_command('transformers')}"
+        ) from error
+    try:
+        tensors: dict[str, Tensor] = load_file(path)
+    except Exception as error:  # a Rust error, or OSError
+        raise ValueError(f"{who}: {path} must be a readable safetensors file, got {error}") from error
+    return tensors
+
+
+def _read_folder(folder: Path, who: str) -> dict[str, Tensor]:
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        index = folder / f"{name}.index.json"
+        if (folder / name).is_file():
+            return dict(_read_file(folder / name, who))
+        if index.is_file():
+            return _read_shards(index, who)
+    raise FileNotFoundError(
+        f"{who}: path must be a checkpoint file, or a folder with model.safetensors or pytorch_model.bin, got {folder}"
+    )
+
+
+def _read_shards(index: Path, who: str) -> dict[str, Tensor]:
+    try:
+        shard_of = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{who}: {index} must be an index of shards, got {error!r}") from error
+    tensors: dict[str, Tensor] = {}
+    for shard in sorted(set(map(str, shard_of.values()))):
+        if Path(shard).name != shard:
+            raise ValueError(f"{who}: {index} must name files beside it, got {shard!r}")
+        tensors |= _read_file(index.parent / shard, who)
+    if set(tensors) != set(shard_of):
+        differing = sorted(set(tensors) ^ set(shard_of))
+        raise ValueError(f"{who}: {index} must list the tensors of its shards, got other ones for {differing[:8]}")
+    return tensors
+
+
+def write_whole(path: Path, write: Callable[[Path], None]) -> None:
+    """Let `write` make a file or folder beside `path` and move it there: it appears whole or not at all.
+
+    What stood there before is replaced, and stays as it was where `write` fails.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    aside = path.with_name(f".{path.name}.{os.getpid()}.old")
+    try:
+        write(temporary)
+        if path.is_dir():
+            path.rename(aside)
+        temporary.replace(path)
+    except BaseException:
+        if aside.exists():
+            aside.rename(path)
+        if temporary.is_dir():
+            shutil.rmtree(temporary)
+        else:
+            temporary.unlink(missing_ok=True)
+        raise
+    if aside.exists():
+        shutil.rmtree(aside)
