@@ -135,6 +135,7 @@ class _Contender:
     requires: tuple[str, ...]
     may_refuse: tuple[type[BaseException], ...]
     slow_start: bool
+    oracle: Callable[..., Any]
     calls: int = 1
     seen: int = 0  # calls so far, to rotate the buffers
     samples: list[float] = field(default_factory=list)
@@ -160,11 +161,14 @@ class Group:
         num_buffers: int | None,
         dtype: torch.dtype,
         settings: Settings,
+        once: bool,
     ) -> None:
         self.bench, self.family, self.case = bench, family, case
         self.inputs, self.oracle, self.axes, self.x, self.work = inputs, oracle, dict(axes), x, work
         self.gradients, self.num_buffers, self.dtype, self.settings = tuple(gradients), num_buffers, dtype, settings
+        self.once = once
         self._upstream: list[Tensor] = []  # one gradient for each differentiable output
+        self._known: dict[tuple[Callable[..., Any], int], dict[str, Tensor]] = {}  # results of oracles
         self._contenders: list[_Contender] = []
         self._promises: list[dict[str, Any]] = []
         self.skipped: list[dict[str, str]] = []
@@ -187,12 +191,15 @@ class Group:
             **options: `make`: `function()` is called first and returns the contender, so that imports and compilation
                 happen only if it runs; `requires`: modules without which it is skipped, the reason stored;
                 `may_refuse`: exceptions of the first call that mean "not on this machine", stored as the reason too;
-                `slow_start`: left out of --quick.
+                `slow_start`: left out of --quick; `oracle`: its own, where it answers the question in another way.
         """
         self._add("peer", name, function, **options)
 
     def yardstick(self, name: str, function: Callable[..., Any], **options: Any) -> None:
-        """Add a limit to compare with, such as the bare matmuls of the problem. Its result is not checked."""
+        """Add a limit to compare with, such as the bare matmuls of the problem.
+
+        It is called without recording gradients, in groups with a backward pass too, and its result is not checked.
+        """
         self._add("yardstick", name, function, **options)
 
     def _add(
@@ -205,10 +212,12 @@ class Group:
         requires: Sequence[str] = (),
         may_refuse: tuple[type[BaseException], ...] = (),
         slow_start: bool = False,
+        oracle: Callable[..., Any] | None = None,
     ) -> None:
         if name in [contender.name for contender in self._contenders]:
             raise ValueError(f"{self.name}: contender {name!r} is there already")
-        self._contenders.append(_Contender(name, role, function, make, tuple(requires), may_refuse, slow_start))
+        oracle = self.oracle if oracle is None else oracle
+        self._contenders.append(_Contender(name, role, function, make, tuple(requires), may_refuse, slow_start, oracle))
 
     def promise(
         self,
@@ -257,43 +266,59 @@ class Group:
     def _run(self) -> dict[str, Any]:
         device = self.bench.device
         buffers = self._buffers()
-        expected = [self._expected(buffers[0]), self._expected(buffers[-1])]
         ceilings = [measure_ceilings(device, self.dtype)]
-        contenders = [c for c in self._contenders if self._prepare(c, buffers, expected[0])]
+        if self.gradients:
+            self._expected(self.oracle, buffers, 0)  # draws the upstream gradient
+        clock = _CpuClock()
+        contenders = [contender for contender in self._contenders if self._prepare(contender, buffers)]
         if not self.bench.timed:
             return self._describe() | {"contenders": [self._summary(c) for c in contenders], "promises": []}
 
-        clock = _CpuClock()
-        deadline = time.perf_counter() + self.settings.seconds
-        rounds = 0
-        while rounds < self.settings.min_rounds or (
-            time.perf_counter() < deadline and rounds < self.settings.max_rounds
-        ):
-            for turn in range(len(contenders)):
-                contender = contenders[(turn + rounds) % len(contenders)]
-                contender.samples.append(self._sample(contender, buffers)[0])
-            rounds += 1
+        if not self.once:
+            clock = _CpuClock()
+            self._rounds(contenders, buffers)
         others = clock.share_of_others()
-        for contender in contenders:
-            if contender.role != "yardstick":
-                contender.seen = len(buffers) - contender.calls % len(buffers)  # so that the last call is on the last
-                self._check(contender, self._sample(contender, buffers)[1], expected[1])
         ceilings.append(measure_ceilings(device, self.dtype))
 
         best = {key: max(ceiling[key] for ceiling in ceilings) for key in ceilings[0]}
         summaries = [self._summary(contender, best) for contender in contenders]
         relative = [[s / statistics.median(c.samples) for s in c.samples] for c in contenders]
         by_round = [statistics.median(column) for column in zip(*relative, strict=True)]
+        first, last = by_round[: (len(by_round) + 1) // 2], by_round[len(by_round) // 2 :]
         return self._describe() | {
-            "rounds": rounds,
+            "rounds": len(by_round),
             "num_buffers": len(buffers),
             "ceilings": best,
             "ceiling_drift": ceilings[1]["flops"] / ceilings[0]["flops"] - 1,
-            "drift": statistics.median(by_round[rounds // 2 :]) / statistics.median(by_round[: (rounds + 1) // 2]) - 1,
+            "drift": statistics.median(last) / statistics.median(first) - 1 if by_round else None,
             "cpu_share_of_others": others,
             "contenders": summaries,
             "promises": [_judged(promise, summaries) for promise in self._promises],
         }
+
+    def _rounds(self, contenders: list[_Contender], buffers: list[dict[str, Any]]) -> None:
+        """Time all in turn, then hold the last timed result of each to the oracle, on the last buffer."""
+        deadline = time.perf_counter() + self.settings.seconds
+        results: dict[str, dict[str, Tensor]] = {}
+        rounds = 0
+        while rounds < self.settings.min_rounds or (
+            time.perf_counter() < deadline and rounds < self.settings.max_rounds
+        ):
+            for turn in range(len(contenders)):
+                contender = contenders[(turn + rounds) % len(contenders)]
+                seconds, last = self._sample(contender, buffers)
+                contender.samples.append(seconds)
+                if len(buffers) == 1:
+                    results[contender.name] = last
+                del last
+            rounds += 1
+        for contender in contenders:
+            if contender.role == "yardstick":
+                continue
+            if len(buffers) > 1:  # one more sample, such that its last call is on the last buffer
+                contender.seen = len(buffers) - contender.calls % len(buffers)
+                results[contender.name] = self._sample(contender, buffers)[1]
+            self._check(contender, results.pop(contender.name), self._expected(contender.oracle, buffers, -1))
 
     def _describe(self) -> dict[str, Any]:
         return {
@@ -314,7 +339,7 @@ class Group:
         first = self._buffer(0)
         size = sum(tensor.nbytes for _, tensor in _tensors(first))
         wanted = 2 + math.floor(_cache_bytes(self.bench.device) / max(size, 1))
-        count = self.num_buffers or min(max(wanted, 2), 8)
+        count = 1 if self.once else self.num_buffers or min(max(wanted, 2), 8)
         return [first, *(self._buffer(seed) for seed in range(1, count))]
 
     def _buffer(self, seed: int) -> dict[str, Any]:
@@ -329,10 +354,19 @@ class Group:
     def _chosen(self, buffer: Mapping[str, Any]) -> dict[str, Any]:
         return {name: buffer[name] for name in self.gradients}
 
-    def _expected(self, buffer: dict[str, Any]) -> dict[str, Tensor]:
+    def _expected(self, oracle: Callable[..., Any], buffers: list[dict[str, Any]], index: int) -> dict[str, Tensor]:
         """The oracle's results on a buffer, in float64."""
-        results = self._call(self.oracle, _map_tensors(buffer, _promote))
-        return {name: tensor.detach() for name, tensor in results.items()}
+        key = (oracle, index % len(buffers))
+        if key not in self._known:
+            results = self._call(oracle, _map_tensors(buffers[index], _promote))
+            self._known[key] = {name: tensor.detach() for name, tensor in results.items()}
+        return self._known[key]
+
+    def _results(self, contender: _Contender, buffer: Mapping[str, Any]) -> dict[str, Tensor]:
+        if contender.role == "yardstick":
+            with torch.no_grad():
+                return dict(_tensors(contender.function(**buffer)))
+        return self._call(contender.function, buffer)
 
     def _call(self, function: Callable[..., Any], buffer: Mapping[str, Any]) -> dict[str, Tensor]:
         """Named results of one call: its outputs, and with `gradients` those of the leaves."""
@@ -350,7 +384,7 @@ class Group:
         names = [name for name, tensor in _tensors(self._chosen(buffer)) if tensor.is_floating_point()]
         return results | {f"d {name}": gradient for name, gradient in zip(names, gradients, strict=True)}
 
-    def _prepare(self, contender: _Contender, buffers: list[dict[str, Any]], expected: dict[str, Tensor]) -> bool:
+    def _prepare(self, contender: _Contender, buffers: list[dict[str, Any]]) -> bool:
         """First calls: skip what cannot run here, check the results, measure memory, choose the length of a sample."""
         device, settings = self.bench.device, self.settings
 
@@ -363,12 +397,23 @@ class Group:
             return skip(f"not installed: {', '.join(missing)}")
         if contender.slow_start and settings.profile == "quick":
             return skip("takes long to start; left out of --quick")
+        checked = contender.role != "yardstick"
+        expected = self._expected(contender.oracle, buffers, 0) if checked else {}
+        results: dict[str, Tensor] = {}
+
+        def call() -> None:
+            results.update(self._results(contender, buffers[0]))
+
         versions = [tensor._version for _, tensor in _tensors(buffers[0])]
         try:
             if contender.make:
                 contender.function = contender.function()
-            results = self._call(contender.function, buffers[0])
-            synchronize(device)
+            if self.once:
+                contender.peak_bytes, seconds = peak_memory(call, device)
+                contender.samples.append(seconds)
+            else:
+                call()
+                synchronize(device)
         except torch.OutOfMemoryError:
             torch.cuda.empty_cache()
             return skip("out of memory")
@@ -376,13 +421,15 @@ class Group:
             return skip(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:300])
         if versions != [tensor._version for _, tensor in _tensors(buffers[0])]:
             raise AssertionError(f"{self.name}: {contender.name} changes its inputs")
-        if contender.role != "yardstick":
+        if checked:
             self._check(contender, results, expected)
         contender.result_bytes = sum(tensor.nbytes for tensor in results.values())
-        del results
-        if self.bench.timed:
-            contender.peak_bytes = peak_memory(lambda: self._call(contender.function, buffers[-1]), device)
-            seconds = min(self._sample(contender, buffers)[0] for _ in range(2))
+        results.clear()
+        if self.bench.timed and not self.once:
+            contender.peak_bytes, seconds = peak_memory(call, device)
+            results.clear()
+            if seconds < settings.sample_seconds:
+                seconds = min(self._sample(contender, buffers)[0] for _ in range(2))
             contender.calls = max(1, math.ceil(settings.sample_seconds / seconds))
         return True
 
@@ -396,7 +443,7 @@ class Group:
             start = time.perf_counter()
             for _ in range(contender.calls):
                 index = contender.seen % len(buffers)
-                results = self._call(contender.function, buffers[index])
+                results = self._results(contender, buffers[index])
                 contender.seen += 1
             synchronize(device)
             return (time.perf_counter() - start) / contender.calls, results
@@ -434,7 +481,8 @@ class Group:
         if not contender.samples or ceilings is None:
             return summary
         median = statistics.median(contender.samples)
-        low, _, high = statistics.quantiles(contender.samples, n=4)
+        several = len(contender.samples) > 1
+        low, _, high = statistics.quantiles(contender.samples, n=4) if several else [median] * 3
         work = self.work
         return summary | {
             "calls_per_sample": contender.calls,
@@ -481,6 +529,7 @@ class Bench:
         dtype: torch.dtype | None = None,
         seconds: float | None = None,
         min_rounds: int | None = None,
+        once: bool = False,
     ) -> Group:
         """Describe a group.
 
@@ -497,11 +546,14 @@ class Bench:
             dtype: dtype of the error caps and of the matmul ceiling; None for `bench.dtype`.
             seconds: time for the rounds; None for the profile's.
             min_rounds: rounds even where they take longer; None for the profile's.
+            once: for what takes minutes: each contender runs a single time, checked and measured in that one call.
         """
         changes = {key: value for key, value in (("seconds", seconds), ("min_rounds", min_rounds)) if value is not None}
         settings = Settings(**(vars(self.settings) | changes)) if self.settings.profile != "quick" else self.settings
         dtype = self.dtype if dtype is None else dtype
-        return Group(self, family, case, inputs, oracle, axes or {}, x, work, gradients, num_buffers, dtype, settings)
+        return Group(
+            self, family, case, inputs, oracle, axes or {}, x, work, gradients, num_buffers, dtype, settings, once
+        )
 
     def store(self, record: dict[str, Any]) -> None:
         """Put a group's record into the results file and, row by row, into pytest-benchmark's table."""
@@ -659,24 +711,34 @@ def measure_ceilings(device: torch.device, dtype: torch.dtype) -> dict[str, floa
         }
 
 
-def peak_memory(function: Callable[[], Any], device: torch.device) -> int | None:
-    """Bytes that a call holds at its peak beyond what was there before, its results included; None if unknown here."""
+def peak_memory(function: Callable[[], Any], device: torch.device) -> tuple[int | None, float]:
+    """What a call needs.
+
+    Returns:
+        Bytes that it holds at its peak beyond what was there before, its results included (None if unknown here), and
+        the seconds that it took.
+    """
     gc.collect()
+    before: int | None = None
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
-        function()
-        torch.cuda.synchronize(device)
-        return torch.cuda.max_memory_allocated(device) - before
-    try:
-        ctypes.CDLL(None).malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
-        before = _status("VmRSS")
-        function()
-        return max(_status("VmHWM") - before, 0)
-    except (OSError, AttributeError):
-        return None
+    else:
+        try:
+            ctypes.CDLL(None).malloc_trim(0)
+            Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
+            before = _status("VmRSS")
+        except (OSError, AttributeError):
+            pass
+    start = time.perf_counter()
+    function()
+    synchronize(device)
+    seconds = time.perf_counter() - start
+    if before is None:
+        return None, seconds
+    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _status("VmHWM")
+    return max(peak - before, 0), seconds
 
 
 def _status(key: str) -> int:
@@ -708,7 +770,7 @@ class _CpuClock:
             return None
         tick = os.sysconf("SC_CLK_TCK")
         idle, own = fields[3] + fields[4], os.times()
-        return (sum(fields) - idle) / tick, sum(fields) / tick, own.user + own.system
+        return (sum(fields) - idle) / tick, sum(fields) / tick, sum(own[:4])
 
 
 def _cache_bytes(device: torch.device) -> int:

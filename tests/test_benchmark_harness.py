@@ -122,9 +122,10 @@ def test_gradients_are_part_of_the_result(bench):
             return gradient
 
     group = group_of(bench, gradients=("x",))
+    group.yardstick("limit", lambda x, scale: [x @ x.t()] * 2)
     group.peer("right", gelu)
     record = group.run()
-    assert set(record["contenders"][0]["errors"]) == {"y", "d x"}
+    assert set(record["contenders"][1]["errors"]) == {"y", "d x"}
     group = group_of(bench, gradients=("x",))
     group.peer("wrong gradient", lambda x, scale: {"y": Doubled.apply(x)})
     with pytest.raises(AssertionError, match="wrong gradient computes something else: d x"):
@@ -205,8 +206,38 @@ def test_peak_memory_sees_what_a_call_held_and_not_what_was_free_before():
     junk = [torch.ones(2**14) for _ in range(512)]  # 32 MiB in small pieces, then free in the heap
     del junk
     for megabytes in (4, 32):
-        measured = harness.peak_memory(held(megabytes), torch.device("cpu"))
+        measured, seconds = harness.peak_memory(held(megabytes), torch.device("cpu"))
+        assert seconds > 0
         assert measured == pytest.approx(megabytes * 2**20, rel=0.2)
+
+
+def test_a_contender_may_answer_in_another_way(bench):
+    group = group_of(bench)
+    group.ours("ours", gelu)
+    group.peer("half", lambda x, scale: {"y": F.gelu(x)}, oracle=lambda x, scale: {"y": F.gelu(x)})
+    assert [c["error"] < 1e-6 for c in group.run()["contenders"]] == [True, True]
+
+
+def test_what_takes_minutes_runs_once(bench):
+    calls = []
+
+    def counted(x, scale):
+        calls.append(x.dtype)
+        return gelu(x, scale)
+
+    group = group_of(bench, once=True)
+    group.ours("ours", counted)
+    group.promise("ours", of="memory", at_most=1e9)
+    record = group.run()
+    assert calls == [torch.float32]
+    (ours,) = record["contenders"]
+    assert len(ours["samples"]) == 1
+    assert ours["error"] < 1e-6
+    assert record["promises"][0]["met"] is (True if sys.platform == "linux" else None)
+    group = group_of(bench, once=True)
+    group.ours("ours", lambda x, scale: {"y": x})
+    with pytest.raises(AssertionError, match="ours computes something else"):
+        group.run()
 
 
 def test_relative_error_counts_the_worst_row():
