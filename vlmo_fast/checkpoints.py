@@ -6,6 +6,7 @@ dictionary of tensors whose names tell which task it was saved from; `KINDS` lis
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import os
@@ -33,6 +34,7 @@ __all__ = [
     "official_names",
     "official_state_dict",
     "open_official",
+    "open_saved",
     "save_official",
 ]
 
@@ -214,8 +216,6 @@ def open_official(
     **settings: Any,
 ) -> Conversion:
     """Read, check and convert a released checkpoint, with a report of every tensor; arguments as `load_official`."""
-    if task is not None and task not in TASKS:
-        raise ValueError(f"load_official: task must be one of {sorted(TASKS)}, got {task!r}")
     tensors = read_tensors(source, "load_official")
     kind, found = _describe(tensors, num_attention_heads)
 
@@ -230,39 +230,83 @@ def open_official(
     )
     state = {ours: tensors.pop(theirs).detach().clone() for theirs, ours in names.items()}
 
+    origin = {ours: theirs for theirs, ours in names.items()}
+    return _retarget("load_official", kind, state, origin, own, task, image_size, settings)
+
+
+def open_saved(
+    folder: str | os.PathLike[str], *, task: str | None = None, image_size: int | None = None, **settings: Any
+) -> Conversion:
+    """Read and check a folder that `save_pretrained` of a `VLMoFor...` wrote; arguments as `load_official`.
+
+    For another task or image size; `from_pretrained` is the plain way to the model that was saved.
+
+    Raises:
+        ValueError: no model of ours, or tensors are missing, unexpected, misshapen or not finite.
+        FileNotFoundError: there is no such folder.
+    """
+    from vlmo_fast.hf.configuration import VLMoConfig
+
+    path = Path(folder)
+    if not (path / "config.json").is_file():
+        raise FileNotFoundError(f"open_saved: folder must hold config.json, got {path}")
+    classes = {kind.model_class: name for name, kind in TASKS.items()}
+    try:
+        (architecture,) = json.loads((path / "config.json").read_text(encoding="utf-8"))["architectures"]
+        kind = classes[architecture]
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"open_saved: folder must hold one of {sorted(classes)}, got {error!r}") from error
+    own = VLMoConfig.from_pretrained(path)
+    tensors = read_tensors(path, "open_saved")
+    shapes = {name: x.shape for name, x in _on_meta(kind, own).state_dict().items()}
+    check_tensors(tensors, shapes, (), f"open_saved: the {kind}")
+    state = {name: tensors.pop(name).detach().clone() for name in shapes}
+    return _retarget("open_saved", kind, state, {name: name for name in shapes}, own, task, image_size, settings)
+
+
+def _retarget(
+    who: str,
+    kind: str,
+    state: dict[str, Tensor],
+    origin: Mapping[str, str],
+    own: VLMoConfig,
+    task: str | None,
+    image_size: int | None,
+    settings: Mapping[str, Any],
+) -> Conversion:
+    """Fit a whole model's tensors to a task and to settings; arguments as `fit`."""
+    if task is not None and task not in TASKS:
+        raise ValueError(f"{who}: task must be one of {sorted(TASKS)}, got {task!r}")
     task = kind if task is None else task
     for name in _READ_OFF:
         if name in settings and settings[name] != getattr(own, name):
-            raise ValueError(
-                f"load_official: {name} must be the checkpoint's {getattr(own, name)}, got {settings[name]}"
-            )
-    settings = {**_settings_of_task(task, kind, own, settings), **settings}
+            raise ValueError(f"{who}: {name} must be the checkpoint's {getattr(own, name)}, got {settings[name]}")
+    wanted = {**own.to_dict(), **_settings_of_task(who, task, kind, own, settings), **settings}
     if image_size is not None:
-        settings["image_size"] = image_size
-    origin = {ours: theirs for theirs, ours in names.items()}
-    return fit("load_official", kind, state, origin, own, task, VLMoConfig(**{**found, **settings}))
+        wanted["image_size"] = image_size
+    return fit(who, kind, state, origin, own, task, type(own)(**wanted))
 
 
-def _settings_of_task(task: str, kind: str, own: VLMoConfig, settings: Mapping[str, Any]) -> dict[str, Any]:
+def _settings_of_task(who: str, task: str, kind: str, own: VLMoConfig, settings: Mapping[str, Any]) -> dict[str, Any]:
     """What a task changes in the settings of a checkpoint of another kind, as the released fine-tuning does."""
     if task == kind:
         return {}
     changed: dict[str, Any] = {
         "num_image_types": 2 if task == "nlvr2" else 1,
-        "has_itm_head": "itm" in KINDS[kind].heads,
+        "has_itm_head": kind in KINDS and "itm" in KINDS[kind].heads,
     }
     if task in _NUM_LABELS:
         changed["num_labels"] = _NUM_LABELS[task]
     elif task == "classification" and "num_labels" not in settings:
-        raise ValueError("load_official: num_labels must be given for the task 'classification', got None")
+        raise ValueError(f"{who}: num_labels must be given for the task 'classification', got None")
     if kind == "text":
         changed["max_text_length"] = min(own.max_text_length, MoMEConfig.max_text_length)
-    if kind == "text" and own.num_vl_layers == 0 and task in ("pretrain", "retrieval", "vqa", "nlvr2"):
+    if own.num_vl_layers == 0 and task in ("pretrain", "retrieval", "vqa", "nlvr2"):
         presets = {preset["num_hidden_layers"]: preset["num_vl_layers"] for preset in PRESETS.values()}
         changed["num_vl_layers"] = settings.get("num_vl_layers", presets.get(own.num_hidden_layers))
         if changed["num_vl_layers"] is None:
             raise ValueError(
-                "load_official: num_vl_layers must be given (a text-stage checkpoint holds none, and no preset has "
+                f"{who}: num_vl_layers must be given (the checkpoint holds none, and no preset has "
                 f"this depth), got None for {own.num_hidden_layers} layers"
             )
     return changed
@@ -295,8 +339,10 @@ def fit(
     """
     heads = KINDS[source].heads if source in KINDS else ()
     left = [ours for head in heads if head not in TASKS[task].heads for _, ours in _HEADS[head]]
-    if task in ("vqa", "nlvr2") and config.num_labels != own.num_labels:
-        left += [name for name in state if name.startswith("classifier.fc2.")]
+    if task != source:
+        left += [name for name in state if name.startswith(("classifier.", "mim_head."))]
+    elif config.num_labels != own.num_labels:
+        left += [name for name in state if name.startswith(("classifier.fc2.", "classifier.weight", "classifier.bias"))]
     for name in left:
         state.pop(name, None)
     resized = _resize(who, state, own, config)

@@ -1,0 +1,204 @@
+"""`vlmo-fast convert`: every kind in, folders and released files out, one message and no output where it fails."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from test_checkpoints import CLASSES, assert_same, small
+from test_pretrained import assert_image_path, beit, bert, released
+from transformers import BeitForImageClassification
+
+import vlmo_fast
+from vlmo_fast import convert
+from vlmo_fast.checkpoints import official_state_dict, open_saved
+
+ROOT = Path(__file__).parents[1]
+HEADS = ("--num-attention-heads", "2")
+
+
+def run(capsys, *arguments: object) -> dict:
+    assert convert.main([*map(str, arguments), "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def refuse(capsys, *arguments: object) -> str:
+    assert convert.main(list(map(str, arguments))) == 1
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert shown.err.startswith("vlmo-fast convert: ")
+    assert "Traceback" not in shown.err
+    return shown.err
+
+
+@pytest.mark.parametrize("relative", [True, False])
+@pytest.mark.parametrize("kind", CLASSES)
+def test_released_files_to_folders_and_back(kind, relative, tmp_path, capsys):
+    """To the bit."""
+    state = small(kind, relative)
+    torch.save(state, tmp_path / "in.pt")
+    report = run(capsys, tmp_path / "in.pt", tmp_path / "folder", *HEADS)
+    assert report["model_class"] == CLASSES[kind]
+    assert (report["fresh"], report["unused"], report["resized"]) == ([], [], [])
+    model = getattr(vlmo_fast, CLASSES[kind]).from_pretrained(tmp_path / "folder")
+    assert_same(official_state_dict(model), state)
+    run(capsys, tmp_path / "folder", tmp_path / "back.pth")
+    assert_same(torch.load(tmp_path / "back.pth", weights_only=True)["state_dict"], state)
+
+
+def test_task_and_sizes(tmp_path, capsys):
+    torch.save(small(), tmp_path / "in.pt")
+    out = tmp_path / "deep" / "er"
+    options = (
+        "--task",
+        "vqa",
+        "--image-size",
+        "24",
+        "--num-labels",
+        "7",
+        "--max-text-length",
+        "4",
+        "--dtype",
+        "bfloat16",
+    )
+    report = run(capsys, tmp_path / "in.pt", out, *options)
+    assert (report["image_size"], report["max_text_length"], report["dtype"]) == (24, 4, "bfloat16")
+    assert "classifier.fc2.weight" in report["fresh"]
+    assert "itm_score.fc.weight" in report["unused"]
+    model = vlmo_fast.VLMoForQuestionAnswering.from_pretrained(out)
+    assert model.dtype == torch.bfloat16
+    logits = model(torch.tensor([[1, 2]]), torch.randn(1, 3, 24, 24, dtype=torch.bfloat16)).logits
+    assert logits.shape == (1, 7)
+    again = run(capsys, out, tmp_path / "nlvr2.pt", "--task", "nlvr2", "--image-size", "12")
+    assert again["source"] == "vqa"
+    assert (again["task"], again["image_size"]) == ("nlvr2", 12)
+
+
+def test_retrieval_files_hold_no_matching_head(tmp_path, capsys):
+    """The release's do not; a folder keeps it."""
+    torch.save(small(), tmp_path / "in.pt")
+    assert "itm_score.fc.weight" in run(capsys, tmp_path / "in.pt", tmp_path / "r.pt", "--task", "retrieval")["unused"]
+    assert run(capsys, tmp_path / "in.pt", tmp_path / "r", "--task", "retrieval")["fresh"] == []
+
+
+def test_beit_and_bert(tmp_path, capsys):
+    """From the release's file, from a folder of transformers', and words from a BERT beside it."""
+    source = beit("per layer", BeitForImageClassification, num_labels=3)
+    torch.save({"model": released(source)}, tmp_path / "beit.pth")
+    source.save_pretrained(tmp_path / "beit")
+    bert(hidden_size=32, num_attention_heads=4, vocab_size=30522).save_pretrained(tmp_path / "bert")
+    for name in ("beit.pth", "beit"):
+        report = run(
+            capsys, tmp_path / name, tmp_path / f"{name}-vlmo", "--bert", tmp_path / "bert", "--num-vl-layers", 1
+        )
+        assert (report["source"], report["task"]) == ("beit", "text")
+        assert not [name for name in report["fresh"] if "word_embeddings" in name]
+        model = vlmo_fast.VLMoForMaskedLM.from_pretrained(tmp_path / f"{name}-vlmo")
+        if name == "beit":  # its epsilon is in the configuration
+            assert_image_path(model, source.beit)
+
+
+def test_fresh_tensors_follow_the_seed(tmp_path, capsys):
+    torch.save(small(), tmp_path / "in.pt")
+    files = []
+    for number, seed in enumerate((1, 1, 2)):
+        run(capsys, tmp_path / "in.pt", tmp_path / f"{number}.pt", "--task", "vqa", "--seed", seed)
+        files.append(torch.load(tmp_path / f"{number}.pt")["state_dict"]["vqa_classifier.0.weight"])
+    assert torch.equal(files[0], files[1])
+    assert not torch.equal(files[0], files[2])
+
+
+def test_failures_leave_nothing(tmp_path, capsys, monkeypatch):
+    """One message on stderr, status 1, and no half-written output, whatever is wrong."""
+    state = small()
+    torch.save(state, tmp_path / "good.pt")
+    torch.save({**state, "pooler.dense.bias": state["pooler.dense.bias"] * torch.nan}, tmp_path / "nan.pt")
+    torch.save({name: x for name, x in state.items() if "norm1" not in name}, tmp_path / "missing.pt")
+    torch.save({"a": torch.ones(2)}, tmp_path / "foreign.pt")
+    (tmp_path / "cut.pt").write_bytes((tmp_path / "good.pt").read_bytes()[:-2000])
+    bert().save_pretrained(tmp_path / "bert")
+    (tmp_path / "odd").mkdir()
+    (tmp_path / "odd" / "config.json").write_text("[]")
+    capsys.readouterr()
+    before = sorted(tmp_path.rglob("*"))
+    cases = {
+        "nan.pt": "got NaN or infinity in 1 of .* tensors:\n  pooler.dense.bias",
+        "missing.pt": "missing: transformer.blocks.0.norm1.weight",
+        "foreign.pt": r"must be a VLMo or a BEiT, got .* with 1 tensors such as \['a'\]",
+        "cut.pt": "must be a readable torch checkpoint",
+        "absent.pt": "must be a checkpoint file",
+        "bert": "got a folder with a model of type 'bert'",
+        "odd": "config.json must be a configuration",
+    }
+    for name, message in cases.items():
+        for out in ("out", "out.pt"):
+            assert re.search(message, refuse(capsys, tmp_path / name, tmp_path / out))
+    good = tmp_path / "good.pt"
+    for option, message in (
+        (("--image-size", 13), "image_size must be"),
+        (("--task", "classification"), "num_labels must be given"),
+        (("--num-attention-heads", 3), "num_attention_heads must be the 2"),
+        (("--bert", tmp_path / "absent"), "must be a checkpoint file"),
+        (("--bert", good), "missing: word_embeddings.weight|shape of word_embeddings"),
+    ):
+        assert re.search(message, refuse(capsys, good, tmp_path / "out", *option))
+
+    def fail(self, folder, **_):
+        Path(folder).mkdir()
+        (Path(folder) / "half").touch()
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr(vlmo_fast.VLMoForPreTraining, "save_pretrained", fail)
+    assert "the disk is full" in refuse(capsys, good, tmp_path / "out")
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_what_is_there_stays_unless_told(tmp_path, capsys):
+    torch.save(small(), tmp_path / "in.pt")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").touch()
+    (tmp_path / "out.pt").write_text("mine")
+    for out in ("out", "out.pt"):
+        assert "OUT must be new (or take --overwrite)" in refuse(capsys, tmp_path / "in.pt", tmp_path / out)
+        run(capsys, tmp_path / "in.pt", tmp_path / out, "--overwrite")
+    assert not (tmp_path / "out" / "mine.txt").exists()
+    vlmo_fast.VLMoForPreTraining.from_pretrained(tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.pt", "out", "out.pt"]
+
+
+def test_dry_run_and_text(tmp_path, capsys):
+    torch.save(small(), tmp_path / "in.pt")
+    assert convert.main([str(tmp_path / "in.pt"), "--dry-run", "--task", "vqa"]) == 0
+    text = capsys.readouterr().out
+    assert "VLMoForQuestionAnswering (vqa) from a pretrain checkpoint" in text
+    assert "and 4 more (--verbose)" in text or "--verbose" in text
+    assert "nothing written (--dry-run)" in text
+    assert [path.name for path in tmp_path.iterdir()] == ["in.pt"]
+    with pytest.raises(SystemExit):
+        convert.main([str(tmp_path / "in.pt")])
+    assert "OUT is missing" in capsys.readouterr().err
+
+
+def test_the_command_line(tmp_path):
+    """As people call it; --help imports nothing heavy and shows examples."""
+    torch.save(small("irtr"), tmp_path / "in.pt")
+    command = [sys.executable, "-m", "vlmo_fast", "convert"]
+    done = subprocess.run([*command, tmp_path / "in.pt", tmp_path / "out"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "VLMoForImageTextRetrieval (retrieval)" in done.stdout
+    assert f"written to {tmp_path / 'out'}" in done.stdout
+    shown = subprocess.run([*command, "--help"], cwd=ROOT, capture_output=True, text=True)
+    assert shown.returncode == 0
+    for word in ("--image-size", "--dry-run", "examples:", "BEiT", "legacy"):
+        assert word in shown.stdout
+
+
+def test_saved_folders_are_checked_too(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"folder must hold config\.json"):
+        open_saved(tmp_path)
+    bert().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"must hold one of .* got KeyError\('BertModel'\)"):
+        open_saved(tmp_path)
