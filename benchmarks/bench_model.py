@@ -1,64 +1,276 @@
-"""Forward passes of the base model: an image, a text or a pair, whole or [CLS] alone in the last layer."""
+"""Whole models: base, inference and a pre-training step, against the release's passes and against other models.
+
+The release (`peers/released.py`) pads every text to 40 tokens and computes every token of every layer, in a pass for
+each kind of input. Captions have the lengths of real ones: about 12 tokens.
+"""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 
-from benchmarks.harness import Bench, Work
+from benchmarks.harness import Bench, Group, Work
+from benchmarks.peers.released import Negatives, Released, pad_texts
 from vlmo_fast import MoMEConfig, MoMETransformer
 
-BATCH_SIZE = 4
-TEXT_LENGTH = 12  # tokens of a typical caption
+
+def caption_lengths(count: int, seed: int) -> Tensor:
+    """Tokens of captions, (count,): a normal distribution of mean 13 and deviation 3, from 6 to 40."""
+    drawn = 13 + 3 * torch.randn(count, generator=torch.Generator().manual_seed(seed))
+    return drawn.round().clamp(6, 40).long()
+
+
+def captions(count: int, seed: int) -> list[Tensor]:
+    """Random token ids between [CLS] and [SEP], of caption lengths."""
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        torch.cat(
+            [torch.tensor([101]), torch.randint(1000, 30000, (length - 2,), generator=generator), torch.tensor([102])]
+        )
+        for length in caption_lengths(count, seed).tolist()
+    ]
+
+
+@cache
+def networks(size: str, device: torch.device, dtype: torch.dtype) -> tuple[MoMETransformer, Released, Released]:
+    """Our model, the release's passes on the same weights, and those in float64: the oracle."""
+    torch.manual_seed(0)
+    model = MoMETransformer(MoMEConfig.from_preset(size)).eval()
+    with torch.no_grad():
+        assert model.relative_position_bias is not None
+        model.relative_position_bias.table.normal_(std=0.5)
+    model = model.to(device, dtype)
+    return model, Released(model), Released(copy.deepcopy(model).double())
+
+
+def batch_inputs(bench: Bench, config: MoMEConfig, kind: str, batch: int) -> Callable[[int], dict[str, Any]]:
+    def inputs(seed: int) -> dict[str, Any]:
+        made: dict[str, Any] = {}
+        if kind != "image":
+            ids, mask = pad_texts(captions(batch, seed), config.max_text_length)
+            made |= {"input_ids": ids.to(bench.device), "attention_mask": mask.to(bench.device)}
+        if kind != "text":
+            generator = torch.Generator().manual_seed(seed)
+            pixels = torch.randn(batch, 3, config.image_size, config.image_size, generator=generator)
+            made["pixel_values"] = pixels.to(bench.device, bench.dtype)
+        return made
+
+    return inputs
+
+
+def trimmed(inputs: dict[str, Any]) -> dict[str, Any]:
+    """Without the columns of padding that no text of the batch needs."""
+    if "input_ids" not in inputs:
+        return inputs
+    longest = int(inputs["attention_mask"].sum(dim=1).max())
+    return inputs | {name: inputs[name][:, :longest] for name in ("input_ids", "attention_mask")}
+
+
+def real_rows(hidden: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+    """Rows of the real tokens of (B, S, D); text first, images have no padding."""
+    if attention_mask is None:
+        return hidden.flatten(0, 1)
+    length = attention_mask.shape[1]
+    return torch.cat([hidden[:, :length][attention_mask.bool()], hidden[:, length:].flatten(0, 1)])
+
+
+CASES = {  # kind, batch, how much faster than the release's pass the embedding is promised to be
+    "captions": ("text", 64, 3.1),
+    "pairs": ("pair", 8, 1.2),
+    "images": ("image", 8, 1.1),
+}
 
 
 @pytest.mark.profile("cpu", gpu=3)
-@pytest.mark.parametrize("kind", ["image", pytest.param("text", marks=pytest.mark.profile("quick")), "pair"])
-def bench_cls_only(bench: Bench, kind: str) -> None:
-    """What computing the last layer for [CLS] alone saves."""
-    config = MoMEConfig.from_preset("base")
-    torch.manual_seed(0)
-    model = MoMETransformer(config).to(bench.device, bench.dtype).eval()
-    exact = copy.deepcopy(model).double()
+@pytest.mark.parametrize("output", ["embedding", "all tokens"])
+@pytest.mark.parametrize("case", [pytest.param("captions", marks=pytest.mark.profile("quick")), "pairs", "images"])
+def bench_inference(bench: Bench, case: str, output: str) -> None:
+    """The release's passes of fine-tuning (12 block calls) against ours."""
+    kind, batch, promised = CASES[case]
+    batch = batch if bench.device.type == "cpu" else 32 * batch
+    model, released, exact = networks("base", bench.device, bench.dtype)
+    config = model.config
 
-    def inputs(seed: int) -> dict[str, Any]:
-        generator = torch.Generator().manual_seed(seed)
-        made: dict[str, Any] = {}
-        if kind != "text":
-            pixels = torch.randn(BATCH_SIZE, 3, config.image_size, config.image_size, generator=generator)
-            made["pixel_values"] = pixels.to(bench.device, bench.dtype)
-        if kind != "image":
-            ids = torch.randint(1000, 30000, (BATCH_SIZE, TEXT_LENGTH), generator=generator)
-            made["input_ids"] = ids.to(bench.device)
-        return made
-
-    def embed(network: MoMETransformer, cls_only: bool, **inputs: Any) -> torch.Tensor:
-        output = network(**inputs, cls_only=cls_only)
-        embedding = {"image": output.image_embeds, "text": output.text_embeds, "pair": output.pooler_output}[kind]
+    def ours(**inputs: Any) -> Tensor:
+        mask = inputs.get("attention_mask")
+        inputs = trimmed(inputs)
+        result = model(**inputs, cls_only=output == "embedding")
+        if output == "all tokens":
+            return real_rows(result.last_hidden_state, None if mask is None else inputs["attention_mask"])
+        embedding = {"image": result.image_embeds, "text": result.text_embeds, "pair": result.pooler_output}[kind]
         assert embedding is not None
         return embedding
 
-    length = {"image": 197, "text": TEXT_LENGTH, "pair": 197 + TEXT_LENGTH}[kind]
+    def theirs(passes: Released, **inputs: Any) -> Tensor:
+        features = getattr(passes, kind)(**inputs)
+        return features.embedding if output == "embedding" else real_rows(features.hidden, inputs.get("attention_mask"))
+
+    lengths = caption_lengths(batch, 0) * (kind != "image") + 197 * (kind != "text")
     group = bench.group(
         "model",
-        f"{kind}, embedding",
-        inputs,
-        oracle=lambda **inputs: embed(exact, True, **inputs),
-        work=Work(BATCH_SIZE, f"{kind}s", flop=BATCH_SIZE * forward_flop(config, length)),
-        axes={"size": "base", "batch": BATCH_SIZE},
-        x="batch",
+        f"{case}, {output}",
+        batch_inputs(bench, config, kind, batch),
+        oracle=lambda **inputs: theirs(exact, **inputs),
+        work=Work(batch, case, flop=forward_flop(config, lengths)),
+        axes={"size": "base", "batch": batch},
+        num_buffers=2,
+        seconds=12,
+        min_rounds=5,
     )
-    group.ours("last layer for [CLS] alone", lambda **inputs: embed(model, True, **inputs))
-    group.peer("all tokens", lambda **inputs: embed(model, False, **inputs))
+    group.ours("ours", ours)
+    group.peer("released", lambda **inputs: theirs(released, **inputs))
+    if bench.device.type == "cuda":  # on a CPU it compiles for minutes
+        compiled = lambda: torch.compile(lambda **inputs: theirs(released, **inputs))
+        group.peer("released, torch.compile", compiled, make=True, slow_start=True)
+    if output == "embedding":
+        other_models(group, kind, bench)
+        group.promise("ours", "released", at_least=promised, key=case)
     group.run()
 
 
-def forward_flop(config: MoMEConfig, length: int) -> float:
-    """FLOPs of all matmuls of the blocks for one sequence with every token computed."""
+def other_models(group: Group, kind: str, bench: Bench) -> None:
+    """Models of the same size that answer the same need; random weights, not the same function: yardsticks."""
+
+    def clip_image() -> Callable[..., Any]:
+        from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+
+        clip = CLIPVisionModelWithProjection(CLIPVisionConfig(patch_size=16)).to(bench.device, bench.dtype).eval()
+        return lambda pixel_values: clip(pixel_values).image_embeds
+
+    def beit() -> Callable[..., Any]:
+        from transformers import BeitConfig, BeitModel
+
+        model = BeitModel(BeitConfig(use_relative_position_bias=True)).to(bench.device, bench.dtype).eval()
+        return lambda pixel_values: model(pixel_values).last_hidden_state
+
+    def clip_text() -> Callable[..., Any]:
+        from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+
+        clip = CLIPTextModelWithProjection(CLIPTextConfig()).to(bench.device, bench.dtype).eval()
+
+        def run(input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+            embedding: Tensor = clip(input_ids, attention_mask=attention_mask).text_embeds
+            return embedding
+
+        return lambda **inputs: run(**trimmed(inputs))
+
+    def vilt() -> Callable[..., Any]:
+        from transformers import ViltConfig, ViltModel
+
+        config = ViltConfig(patch_size=16, image_size=224, max_image_length=196)
+        model = ViltModel(config).to(bench.device, bench.dtype).eval()
+        return lambda **inputs: model(**trimmed(inputs)).pooler_output
+
+    models = {
+        "image": (("CLIP ViT-B/16", clip_image), ("BEiT base", beit)),
+        "text": (("CLIP's text encoder, width 512", clip_text),),
+        "pair": (("ViLT, patch 16", vilt),),
+    }
+    for name, make in models[kind]:
+        group.yardstick(f"transformers' {name}", make, make=True, requires=("transformers",), slow_start=True)
+
+
+@pytest.mark.profile("cpu", gpu=4)
+def bench_pretraining_step(bench: Bench) -> None:
+    """Forward and backward of contrast, masked words and matching, each side with the same negatives."""
+    pytest.importorskip("transformers")
+    from vlmo_fast import VLMoConfig, VLMoForPreTraining
+
+    batch = 4 if bench.device.type == "cpu" else 64
+    torch.manual_seed(0)
+    config = VLMoConfig()
+    model = VLMoForPreTraining(config).eval()  # dropout and drop path off: the same function on both sides
+    with torch.no_grad():
+        model.backbone.relative_position_bias.table.normal_(std=0.5)
+    model = model.to(bench.device, bench.dtype)
+    exact = copy.deepcopy(model).double()
+    make_batch = batch_inputs(bench, config.mome, "pair", batch)
+
+    def inputs(seed: int) -> dict[str, Any]:
+        made = make_batch(seed)
+        ids, mask = made["input_ids"], made["attention_mask"]
+        places = torch.arange(ids.shape[1], device=ids.device)
+        masked = (places % 6 == 2) & (places < mask.sum(dim=1, keepdim=True) - 1)  # about 15 % of the real tokens
+        shift = torch.arange(batch, device=ids.device)
+        return made | {
+            "input_ids_masked": ids.masked_fill(masked, 103),
+            "mlm_labels": ids.masked_fill(~masked, -100),
+            "negative_image_ids": (shift + 1) % batch,
+            "negative_text_ids": (shift + 2) % batch,
+        }
+
+    def our_loss(**inputs: Any) -> Tensor:
+        longest = int(inputs["attention_mask"].sum(dim=1).max())
+        texts = ("input_ids", "attention_mask", "input_ids_masked", "mlm_labels")
+        loss: Tensor = model(**inputs | {name: inputs[name][:, :longest] for name in texts}).loss
+        return loss
+
+    def their_loss(network: nn.Module, **inputs: Any) -> Tensor:
+        negatives = Negatives(inputs.pop("negative_image_ids"), inputs.pop("negative_text_ids"))
+        return Released(network).losses(**inputs, negatives=negatives).total
+
+    group = bench.group(
+        "model",
+        "pre-training step",
+        inputs,
+        oracle=lambda **inputs: step(exact, lambda: their_loss(exact, **inputs)),
+        work=Work(batch, "pairs"),
+        axes={"size": "base", "batch": batch},
+        num_buffers=1,
+        seconds=1,
+        min_rounds=3 if bench.device.type == "cpu" else 10,
+    )
+    group.ours("ours", lambda **inputs: step(model, lambda: our_loss(**inputs)))
+    group.peer("released", lambda **inputs: step(model, lambda: their_loss(model, **inputs)))
+    group.promise("ours", "released", at_least=1.5, key="step")
+    group.run()
+
+
+def step(model: nn.Module, loss_of: Callable[[], Tensor]) -> dict[str, Tensor]:
+    """The loss, and of all gradients those of vectors and of the bias table: enough to know that they are right."""
+    with torch.enable_grad():
+        loss = loss_of()
+        parameters = dict(model.named_parameters())
+        gradients = torch.autograd.grad(loss, list(parameters.values()))
+    kept = {f"d {n}": g for n, g in zip(parameters, gradients, strict=True) if g.ndim < 2 or n.endswith("table")}
+    return {"loss": loss.detach(), **kept}
+
+
+@pytest.mark.profile(gpu=5)
+@pytest.mark.parametrize("kind", ["image", "text", "pair"])
+def bench_one(bench: Bench, kind: str) -> None:
+    """The latency of one image, one caption, one pair."""
+    model, released, exact = networks("base", bench.device, bench.dtype)
+
+    def embedding(network: MoMETransformer, **inputs: Any) -> Tensor:
+        result = network(**trimmed(inputs), cls_only=True)
+        output = {"image": result.image_embeds, "text": result.text_embeds, "pair": result.pooler_output}[kind]
+        assert output is not None
+        return output
+
+    lengths = caption_lengths(1, 0) * (kind != "image") + 197 * (kind != "text")
+    group = bench.group(
+        "model",
+        f"one {kind}, embedding",
+        batch_inputs(bench, model.config, kind, 1),
+        oracle=lambda **inputs: getattr(exact, kind)(**inputs).embedding,
+        work=Work(1, f"{kind}s", flop=forward_flop(model.config, lengths)),
+        axes={"size": "base", "batch": 1},
+    )
+    group.ours("ours", lambda **inputs: embedding(model, **inputs))
+    group.peer("released", lambda **inputs: getattr(released, kind)(**inputs).embedding)
+    group.run()
+
+
+def forward_flop(config: MoMEConfig, lengths: Tensor) -> float:
+    """FLOPs of the blocks' matmuls for sequences of these lengths, every token computed in every layer."""
     width, hidden = config.hidden_size, config.intermediate_size
     assert hidden is not None
-    per_layer = 2 * length * (4 * width**2 + 2 * width * hidden) + 4 * length**2 * width
-    return config.num_hidden_layers * per_layer
+    per_layer = 2 * lengths * (4 * width**2 + 2 * width * hidden) + 4 * lengths**2 * width
+    return config.num_hidden_layers * float(per_layer.sum())

@@ -5,7 +5,8 @@
     pytest benchmarks --gpu --time-limit 300      on a CUDA device, the most important first, until the time is up
     pytest benchmarks -k ffn              one family, everything that this machine can run
 
-`--results FILE` says where the JSON goes (else `.benchmarks/<date>-<commit>.json`).
+`--results FILE` says where the JSON goes (else `.benchmarks/<date>-<commit>.json`); `--keep` puts it where the report
+reads it, `benchmarks/results/<machine>/`. `python -m benchmarks.report` then makes tables, plots and the page.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.harness import PROFILES, ROOT, Bench, Results
+from benchmarks.harness import PROFILES, ROOT, Bench, Results, machine_name
 
 RESULTS = pytest.StashKey[Results]()
 STARTED = pytest.StashKey[float]()
@@ -36,6 +37,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         group.addoption(name, dest="profile", action="store_const", const=name.strip("-"), help=text)
     group.addoption("--time-limit", type=float, default=None, metavar="SECONDS", help="start no benchmark after this")
     group.addoption("--seconds", type=float, default=None, metavar="SECONDS", help="time for the rounds of one group")
+    group.addoption("--keep", action="store_true", help="write the JSON file to benchmarks/results/, for the report")
     group.addoption("--results", type=Path, default=None, metavar="FILE", help="the JSON file to write")
 
 
@@ -85,8 +87,11 @@ def bench(request: pytest.FixtureRequest, benchmark: Any) -> Bench:
     if RESULTS not in config.stash:
         results = Results(options.results, profile, device)
         if benchmark.enabled and results.path is None:
-            now = datetime.now(timezone.utc).strftime("%Y-%m-%d-%H%M%S")
-            results.path = ROOT / ".benchmarks" / f"{now}-{(results.data['commit']['id'] or 'unknown')[:8]}.json"
+            folder = ROOT / ".benchmarks"
+            if options.keep:
+                folder = ROOT / "benchmarks" / "results" / machine_name(results.data["machine"])
+            now = datetime.now(timezone.utc).strftime("%Y-%m-%d-%H%M%S" if not options.keep else "%Y-%m-%d")
+            results.path = folder / f"{now}-{(results.data['commit']['id'] or 'unknown')[:8]}.json"
         config.stash[RESULTS] = results
     torch.manual_seed(0)
     return Bench(config.stash[RESULTS], settings, device, benchmark, _writer(config))
@@ -94,11 +99,13 @@ def bench(request: pytest.FixtureRequest, benchmark: Any) -> Bench:
 
 def _writer(config: pytest.Config) -> Callable[[str], None]:
     reporter = config.pluginmanager.getplugin("terminalreporter")
+    capture = config.pluginmanager.getplugin("capturemanager")
 
     def write(text: str) -> None:
-        reporter.ensure_newline()
-        for line in text.split("\n"):
-            reporter.write_line(line)
+        with capture.global_and_fixture_disabled():
+            reporter.ensure_newline()
+            for line in text.split("\n"):
+                reporter.write_line(line)
 
     return write
 

@@ -23,8 +23,9 @@ and runs it. `bench_model.py` is the living example; this is the shape of all of
         group.peer("torch.compile", lambda: torch.compile(reference.ffn), make=True, slow_start=True)
         group.peer("xformers", make_xformers, make=True, requires=("xformers",), may_refuse=(NotImplementedError,))
         group.yardstick("bare matmuls", bare_matmuls)         # not the same result: a limit to compare with
-        group.promise("ours", "bare matmuls", at_most=1.06)   # of time; at_least=1.1 reads "1.1 times faster than"
-        group.promise("ours", "eager", of="memory", at_most=1 / 8)
+        group.promise("ours", "bare matmuls", at_most=1.06, key="ffn")  # of time; keys are those of promises.py
+        group.promise("ours", "eager", at_least=1.0, key="ffn-loop")    # "at least as fast as"
+        group.promise("ours", "eager", of="memory", at_most=1 / 8, key=...)
         group.run()
 
 What `run` does, in this order:
@@ -69,6 +70,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from benchmarks.promises import PROMISES
 
 ROOT = Path(__file__).resolve().parents[1]
 SCHEMA = 1
@@ -162,11 +165,12 @@ class Group:
         dtype: torch.dtype,
         settings: Settings,
         once: bool,
+        memory: bool,
     ) -> None:
         self.bench, self.family, self.case = bench, family, case
         self.inputs, self.oracle, self.axes, self.x, self.work = inputs, oracle, dict(axes), x, work
         self.gradients, self.num_buffers, self.dtype, self.settings = tuple(gradients), num_buffers, dtype, settings
-        self.once = once
+        self.once, self.memory = once, memory
         self._upstream: list[Tensor] = []  # one gradient for each differentiable output
         self._known: dict[tuple[Callable[..., Any], int], dict[str, Tensor]] = {}  # results of oracles
         self._contenders: list[_Contender] = []
@@ -227,7 +231,7 @@ class Group:
         of: str = "time",
         at_most: float | None = None,
         at_least: float | None = None,
-        source: str = "",
+        key: str = "",
     ) -> None:
         """Record what the project promises; the report shows it as met or not, the run never fails by it.
 
@@ -237,14 +241,16 @@ class Group:
             of: "time"; "memory", the peak beyond the inputs; or "workspace", the peak beyond inputs and results.
             at_most: bound of figure / the other's figure.
             at_least: bound of the other's figure / figure: how many times better.
-            source: where it is promised.
+            key: its key in `promises.py`, by which the report finds it.
         """
         if (at_most is None) == (at_least is None):
             raise ValueError(f"{self.name}: a promise takes either at_most or at_least")
         if against is None and at_most is None:
             raise ValueError(f"{self.name}: an absolute promise takes at_most")
+        if key and key not in [known.key for known in PROMISES]:
+            raise ValueError(f"{self.name}: promises.py has no key {key!r}")
         promise = {"contender": contender, "against": against, "of": of, "at_most": at_most, "at_least": at_least}
-        self._promises.append(promise | {"source": source})
+        self._promises.append(promise | {"key": key})
 
     # Measuring
 
@@ -431,6 +437,8 @@ class Group:
             if seconds < settings.sample_seconds:
                 seconds = min(self._sample(contender, buffers)[0] for _ in range(2))
             contender.calls = max(1, math.ceil(settings.sample_seconds / seconds))
+        if not self.memory:
+            contender.peak_bytes = None
         return True
 
     def _sample(self, contender: _Contender, buffers: list[dict[str, Any]]) -> tuple[float, dict[str, Tensor]]:
@@ -530,6 +538,7 @@ class Bench:
         seconds: float | None = None,
         min_rounds: int | None = None,
         once: bool = False,
+        memory: bool = True,
     ) -> Group:
         """Describe a group.
 
@@ -547,12 +556,26 @@ class Bench:
             seconds: time for the rounds; None for the profile's.
             min_rounds: rounds even where they take longer; None for the profile's.
             once: for what takes minutes: each contender runs a single time, checked and measured in that one call.
+            memory: whether this process's memory says anything about the contenders.
         """
         changes = {key: value for key, value in (("seconds", seconds), ("min_rounds", min_rounds)) if value is not None}
         settings = Settings(**(vars(self.settings) | changes)) if self.settings.profile != "quick" else self.settings
         dtype = self.dtype if dtype is None else dtype
         return Group(
-            self, family, case, inputs, oracle, axes or {}, x, work, gradients, num_buffers, dtype, settings, once
+            self,
+            family,
+            case,
+            inputs,
+            oracle,
+            axes or {},
+            x,
+            work,
+            gradients,
+            num_buffers,
+            dtype,
+            settings,
+            once,
+            memory,
         )
 
     def store(self, record: dict[str, Any]) -> None:
@@ -602,8 +625,15 @@ class Results:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
         part = self.path.with_suffix(".part")
-        part.write_text(json.dumps(self.data, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        part.write_text(to_json(self.data), encoding="utf-8")
         part.replace(self.path)
+
+
+def to_json(data: dict[str, Any]) -> str:
+    """Indented, with samples on one line and to six digits."""
+    text = json.dumps(data, indent=1, allow_nan=False)
+    numbers = re.compile(r"\[\s*(-?[\d.e+-]+(?:,\s*-?[\d.e+-]+)*)\s*\]")
+    return numbers.sub(lambda found: f"[{', '.join(f'{float(n):.6g}' for n in found[1].split(','))}]", text) + "\n"
 
 
 # Figures

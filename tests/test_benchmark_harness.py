@@ -259,3 +259,8 @@ def test_the_table_shows_everything(bench):
     text = harness.table(group.run())
     for part in ("toy: gelu, rows 8", "rows/s", "% of matmul", "MiB", "skipped: not installed", "NOT MET"):
         assert part in text
+
+
+def test_promises_are_named_by_known_keys(bench):
+    with pytest.raises(ValueError, match=r"promises\.py has no key 'nonsense'"):
+        group_of(bench).promise("ours", "peer", at_least=1.0, key="nonsense")
