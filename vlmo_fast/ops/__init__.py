@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from vlmo_fast.ops._attention import attention
 from vlmo_fast.ops._contrastive import contrastive_loss
+from vlmo_fast.ops._ffn import ExpertWeights, mome_ffn
 from vlmo_fast.ops._packed_attention import packed_attention
 from vlmo_fast.ops.dispatch import Choice, Problem, explain, implementations, select
 
 __all__ = [
     "Choice",
+    "ExpertWeights",
     "Problem",
     "attention",
     "contrastive_loss",
     "explain",
     "implementations",
+    "mome_ffn",
     "packed_attention",
     "select",
 ]

@@ -6,13 +6,14 @@ variable, no global switch, no look at the tensors' values. `explain` prints the
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 
-__all__ = ["Choice", "Problem", "explain", "implementations", "select"]
+__all__ = ["Choice", "Problem", "explain", "implementations", "select", "triton_interprets"]
 
 
 @dataclass(frozen=True)
@@ -24,12 +25,14 @@ class Problem:
         dtype: dtype of the op's main input.
         needs_grad: whether a gradient will be asked for.
         head_dim: width of an attention head, for attention.
+        interpreted: whether Triton's interpreter runs kernels on CPU tensors, which a caller asked for by name.
     """
 
     device: str
     dtype: torch.dtype
     needs_grad: bool = True
     head_dim: int | None = None
+    interpreted: bool = False
 
 
 class Choice(NamedTuple):
@@ -48,6 +51,11 @@ class _Implementation(NamedTuple):
     name: str
     accepts: Callable[[Problem], tuple[bool, str]]
     automatic: Callable[[Problem], bool] = lambda problem: True
+
+
+def triton_interprets() -> bool:
+    """Whether kernels defined from now on run in Triton's interpreter, by Triton's own switch for it."""
+    return os.environ.get("TRITON_INTERPRET") in ("1", "true", "on")
 
 
 def _everywhere(why: str) -> Callable[[Problem], tuple[bool, str]]:
@@ -72,6 +80,10 @@ _IMPLEMENTATIONS: dict[str, tuple[_Implementation, ...]] = {
         ),
         _Implementation("bucketed", _everywhere("matrix products and softmax for each shape of sequence")),
         _Implementation("eager", _everywhere("the reference: a loop over the sequences")),
+    ),
+    "mome_ffn": (
+        _Implementation("torch", _everywhere("matrix products group by group, nothing concatenated; no GELU saved")),
+        _Implementation("eager", _everywhere("the reference: a loop over the experts")),
     ),
     "contrastive_loss": (_Implementation("eager", _everywhere("the reference: stores the N x N logits")),),
 }

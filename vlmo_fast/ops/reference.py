@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["attention", "contrastive_loss", "packed_attention"]
+if TYPE_CHECKING:
+    from vlmo_fast.ops._ffn import ExpertWeights
+
+__all__ = ["attention", "contrastive_loss", "mome_ffn", "packed_attention"]
 
 
 def attention(
@@ -79,3 +85,38 @@ def contrastive_loss(image_embeds: Tensor, text_embeds: Tensor, logit_scale: Ten
     logits = logit_scale.to(dtype) * (image_embeds.to(dtype) @ text_embeds.to(dtype).t())  # (N, N)
     target = torch.arange(len(logits), device=logits.device)
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits.t(), target)) / 2
+
+
+def mome_ffn(
+    x: Tensor,
+    group_sizes: Sequence[int],
+    experts: Sequence[ExpertWeights],
+    layer_scale: Tensor | None,
+    row_scale: Tensor | None,
+    eps: float,
+) -> Tensor:
+    """X + row_scale * layer_scale * fc2(gelu(fc1(layer_norm(x)))), each group of rows with an expert of its own.
+
+    Args:
+        x: (N, D).
+        group_sizes: rows of each group; they add up to N.
+        experts: parameters of each group's expert; the dtype of the linear layers is that of the products.
+        layer_scale: (D,) or None.
+        row_scale: (N,) or None.
+        eps: epsilon of the norms.
+
+    Returns:
+        (N, D) in the dtype of x.
+    """
+    parts = []
+    for part, expert in zip(x.split(list(group_sizes)), experts, strict=True):
+        norm = (expert.norm_weight.to(x.dtype), expert.norm_bias.to(x.dtype))
+        normed = F.layer_norm(part, part.shape[1:], *norm, eps).to(expert.fc1_weight.dtype)
+        hidden = F.gelu(F.linear(normed, expert.fc1_weight, expert.fc1_bias))  # (n, F)
+        parts.append(F.linear(hidden, expert.fc2_weight, expert.fc2_bias))  # (n, D)
+    branch = torch.cat(parts).to(x.dtype)
+    if layer_scale is not None:
+        branch = branch * layer_scale.to(x.dtype)
+    if row_scale is not None:
+        branch = branch * row_scale.to(x.dtype)[:, None]
+    return x + branch

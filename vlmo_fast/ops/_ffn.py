@@ -1,0 +1,356 @@
+"""The feed-forward experts of a block, grouped by modality: one op for the whole residual branch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from types import ModuleType
+from typing import Any, NamedTuple, NoReturn
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from vlmo_fast.ops import _ffn_torch, reference
+from vlmo_fast.ops.dispatch import Problem, select, triton_interprets
+
+__all__ = ["ExpertWeights", "mome_ffn"]
+
+
+class ExpertWeights(NamedTuple):
+    """Parameters of one modality expert: its norm and its two linear layers.
+
+    Attributes:
+        norm_weight: (D,).
+        norm_bias: (D,).
+        fc1_weight: (F, D).
+        fc1_bias: (F,).
+        fc2_weight: (D, F).
+        fc2_bias: (D,).
+    """
+
+    norm_weight: Tensor
+    norm_bias: Tensor
+    fc1_weight: Tensor
+    fc1_bias: Tensor
+    fc2_weight: Tensor
+    fc2_bias: Tensor
+
+
+def mome_ffn(
+    x: Tensor,
+    group_sizes: Sequence[int],
+    experts: Sequence[ExpertWeights],
+    layer_scale: Tensor | None = None,
+    row_scale: Tensor | None = None,
+    *,
+    eps: float = 1e-6,
+    save_activation: bool = False,
+    backend: str = "auto",
+) -> Tensor:
+    """The residual branch of the modality experts: rows of `x` in adjacent groups, each through an expert of its own.
+
+    Replaces, for group g with the rows r (VLMo, arXiv:2111.02358, section 3; GELU is the exact one, with erf):
+        x[r] + row_scale[r, None] * layer_scale * fc2_g(gelu(fc1_g(layer_norm_g(x[r]))))
+
+    Kept for the backward pass are x, the norm's statistics, and fc1's output; GELU is computed anew.
+
+    Args:
+        x: (N, D), any float dtype and strides.
+        group_sizes: rows of each group, in order; host integers that add up to N. A group may be empty.
+        experts: parameters of each group's expert. The linear layers share one float dtype, in which the products are
+            computed; x may be wider (a float32 residual stream). Under autocast they are cast to its dtype.
+        layer_scale: (D,) factor of each channel of the branch, shared by the groups, or None.
+        row_scale: (N,) factor of each row of the branch, or None: stochastic depth, already divided by the probability
+            of keeping a sample. It gets no gradient.
+        eps: epsilon of the norms.
+        save_activation: keep GELU's output as well: twice the memory for one elementwise pass less.
+        backend: "auto", or one of `ops.implementations("mome_ffn")`.
+
+    Returns:
+        (N, D), contiguous, dtype of x. Differentiable once ("eager": any number of times).
+
+    Raises:
+        ValueError: sizes do not add up, shapes do not fit, devices differ, or the backend is unknown.
+        TypeError: a dtype is not a float, the linear layers' dtypes differ, or theirs is wider than that of x.
+        NotImplementedError: the backend cannot run here; names those that can.
+    """
+    experts = [ExpertWeights(*expert) for expert in experts]
+    dtype = _validate(x, group_sizes, experts, layer_scale, row_scale)
+    columns = list(map(list, zip(*experts, strict=True)))  # one list for each parameter
+    leaves = [x, layer_scale, *(weight for column in columns for weight in column)]
+    needs_grad = torch.is_grad_enabled() and any(leaf is not None and leaf.requires_grad for leaf in leaves)
+    interpreted = backend == "triton" and triton_interprets()
+    problem = Problem(x.device.type, dtype, needs_grad, interpreted=interpreted)
+    implementation = select("mome_ffn", problem, backend)
+    if implementation == "eager":
+        return reference.mome_ffn(x, group_sizes, experts, layer_scale, row_scale, eps)
+    out: Tensor = torch.ops.vlmo_fast.mome_ffn(
+        x, group_sizes, *columns, layer_scale, row_scale, eps, needs_grad, save_activation, implementation
+    )[0]
+    return out
+
+
+def _validate(
+    x: Tensor,
+    group_sizes: Sequence[int],
+    experts: Sequence[ExpertWeights],
+    layer_scale: Tensor | None,
+    row_scale: Tensor | None,
+) -> torch.dtype:
+    """Raise, or return the dtype of the products."""
+
+    def fail(argument: str, rule: str, actual: Any, error: type[Exception] = ValueError) -> NoReturn:
+        raise error(f"mome_ffn: {argument} must {rule}, got {actual}")
+
+    if x.ndim != 2:
+        fail("x", "be (N, D)", tuple(x.shape))
+    if not x.is_floating_point():
+        fail("x", "be of a float dtype", x.dtype, TypeError)
+    rows, width = x.shape
+    if not experts or len(group_sizes) != len(experts):
+        fail("group_sizes", "name a size for each expert, one at least", f"{len(group_sizes)} for {len(experts)}")
+    if any(size < 0 for size in group_sizes) or sum(group_sizes) != rows:
+        fail("group_sizes", f"be counts that add up to the {rows} rows of x", list(group_sizes))
+    hidden = len(experts[0].fc1_bias)
+    shapes = ((width,), (width,), (hidden, width), (hidden,), (width, hidden), (width,))
+    named: dict[str, tuple[Tensor, tuple[int, ...]]] = {}
+    for index, expert in enumerate(experts):
+        for field, tensor, shape in zip(ExpertWeights._fields, expert, shapes, strict=True):
+            named[f"experts[{index}].{field}"] = tensor, shape
+    if layer_scale is not None:
+        named["layer_scale"] = layer_scale, (width,)
+    if row_scale is not None:
+        named["row_scale"] = row_scale, (rows,)
+        if row_scale.requires_grad:
+            fail("row_scale", "not require a gradient (it is a random mask)", "requires_grad=True")
+    for name, (tensor, shape) in named.items():
+        if tensor.shape != shape:
+            fail(name, f"be {shape}", tuple(tensor.shape))
+        if not tensor.is_floating_point():
+            fail(name, "be of a float dtype", tensor.dtype, TypeError)
+        if tensor.device != x.device:
+            fail(name, f"be on the device of x, {x.device}", tensor.device)
+    dtype = experts[0].fc1_weight.dtype
+    for name, (tensor, _) in named.items():
+        if ".fc" in name and tensor.dtype != dtype:
+            fail(name, f"be {dtype} like experts[0].fc1_weight", tensor.dtype, TypeError)
+    if _autocasts(x):
+        return torch.get_autocast_dtype(x.device.type)
+    if torch.promote_types(x.dtype, dtype) != x.dtype:
+        fail("experts[0].fc1_weight", f"not be wider than x, which is {x.dtype}", dtype, TypeError)
+    return dtype
+
+
+def _autocasts(x: Tensor) -> bool:
+    return torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
+
+
+def _implementation(name: str) -> ModuleType:
+    return import_module("vlmo_fast.kernels.ffn") if name == "triton" else _ffn_torch
+
+
+Result = tuple[Tensor, Tensor, list[Tensor], list[Tensor]]  # (N, D), statistics (2, N), fc1's and GELU's outputs
+
+
+def _forward(
+    x: Tensor,
+    group_sizes: Sequence[int],
+    norm_weight: Sequence[Tensor],
+    norm_bias: Sequence[Tensor],
+    fc1_weight: Sequence[Tensor],
+    fc1_bias: Sequence[Tensor],
+    fc2_weight: Sequence[Tensor],
+    fc2_bias: Sequence[Tensor],
+    layer_scale: Tensor | None,
+    row_scale: Tensor | None,
+    eps: float,
+    save: bool,
+    save_activation: bool,
+    implementation: str,
+) -> Result:
+    experts = _experts(norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
+    run = _implementation(implementation).forward
+    out, statistics, z, h = run(x, group_sizes, experts, layer_scale, row_scale, eps, save, save and save_activation)
+    return out, statistics, z, h
+
+
+def _backward(
+    grad: Tensor,
+    x: Tensor,
+    group_sizes: Sequence[int],
+    norm_weight: Sequence[Tensor],
+    norm_bias: Sequence[Tensor],
+    fc1_weight: Sequence[Tensor],
+    fc1_bias: Sequence[Tensor],
+    fc2_weight: Sequence[Tensor],
+    fc2_bias: Sequence[Tensor],
+    layer_scale: Tensor | None,
+    row_scale: Tensor | None,
+    statistics: Tensor,
+    z: Sequence[Tensor],
+    h: Sequence[Tensor],
+    eps: float,
+    trained: Sequence[bool],
+    implementation: str,
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    experts = _experts(norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
+    run = _implementation(implementation).backward
+    d_x, d_layer_scale, d_experts = run(
+        grad, x, group_sizes, experts, layer_scale, row_scale, statistics, z, h, eps, trained
+    )
+    return d_x, d_layer_scale, [gradient for expert in d_experts for gradient in expert]
+
+
+def _experts(*columns: Sequence[Tensor]) -> list[ExpertWeights]:
+    return [ExpertWeights(*expert) for expert in zip(*columns, strict=True)]
+
+
+def _fake(
+    x: Tensor,
+    group_sizes: Sequence[int],
+    norm_weight: Sequence[Tensor],
+    norm_bias: Sequence[Tensor],
+    fc1_weight: Sequence[Tensor],
+    fc1_bias: Sequence[Tensor],
+    fc2_weight: Sequence[Tensor],
+    fc2_bias: Sequence[Tensor],
+    layer_scale: Tensor | None,
+    row_scale: Tensor | None,
+    eps: float,
+    save: bool,
+    save_activation: bool,
+    implementation: str,
+) -> Result:
+    out = x.new_empty(x.shape)
+    accumulator = torch.promote_types(x.dtype, torch.float32)
+    if not save:
+        return out, x.new_empty(0, dtype=accumulator), [], []
+    hidden = fc1_bias[0].shape[0]
+    sizes = (
+        [x.shape[0]] if implementation == "triton" else group_sizes
+    )  # whoever calls matrix products has many tensors
+    z = [x.new_empty(size, hidden, dtype=fc1_weight[0].dtype) for size in sizes]
+    h = [torch.empty_like(tensor) for tensor in z] if save_activation else []
+    return out, x.new_empty(2, x.shape[0], dtype=accumulator), z, h
+
+
+def _fake_backward(
+    grad: Tensor,
+    x: Tensor,
+    group_sizes: Sequence[int],
+    norm_weight: Sequence[Tensor],
+    norm_bias: Sequence[Tensor],
+    fc1_weight: Sequence[Tensor],
+    fc1_bias: Sequence[Tensor],
+    fc2_weight: Sequence[Tensor],
+    fc2_bias: Sequence[Tensor],
+    layer_scale: Tensor | None,
+    row_scale: Tensor | None,
+    statistics: Tensor,
+    z: Sequence[Tensor],
+    h: Sequence[Tensor],
+    eps: float,
+    trained: Sequence[bool],
+    implementation: str,
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    experts = zip(norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, strict=True)
+    d_experts = [
+        tensor.new_empty(tensor.shape if wanted else (0,))
+        for expert, wanted in zip(experts, trained, strict=True)
+        for tensor in expert
+    ]
+    d_layer_scale = x.new_empty(0) if layer_scale is None else layer_scale.new_empty(layer_scale.shape)
+    return x.new_empty(x.shape), d_layer_scale, d_experts
+
+
+def _setup_context(
+    ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, list[Tensor], list[Tensor]]
+) -> None:
+    x, group_sizes, *columns, layer_scale, row_scale, eps, _, _, implementation = inputs
+    _, statistics, z, h = output
+    ctx.mark_non_differentiable(statistics, *z, *h)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, layer_scale, row_scale, statistics, *z, *h, *(w for column in columns for w in column))
+    ctx.sizes, ctx.eps, ctx.implementation = list(group_sizes), eps, implementation
+    ctx.num_z, ctx.num_h = len(z), len(h)
+
+
+def _autograd(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
+    nothing = (None,) * 6
+    if grad is None:
+        return (None, None, *([None] * len(ctx.sizes) for _ in nothing), *nothing)
+    x, layer_scale, row_scale, statistics, *rest = ctx.saved_tensors
+    z, h, weights = rest[: ctx.num_z], rest[ctx.num_z : ctx.num_z + ctx.num_h], rest[ctx.num_z + ctx.num_h :]
+    num_groups = len(ctx.sizes)
+    columns = [weights[first : first + num_groups] for first in range(0, len(weights), num_groups)]
+    wanted = ctx.needs_input_grad[2:8]  # six lists of flags
+    trained = [any(flags) for flags in zip(*wanted, strict=True)]
+    d_x, d_layer_scale, d_weights = torch.ops.vlmo_fast.mome_ffn_backward(
+        *(grad, x, ctx.sizes, *columns, layer_scale, row_scale, statistics, z, h, ctx.eps, trained, ctx.implementation)
+    )
+    d_columns = [
+        [d_weights[6 * group + column] if flags[group] else None for group in range(num_groups)]
+        for column, flags in enumerate(wanted)
+    ]
+    return (d_x, None, *d_columns, None if layer_scale is None else d_layer_scale, None, None, None, None, None)
+
+
+def _autocast_rule(device: str) -> Callable[..., Any]:
+    """The linear layers in autocast's dtype; norm, statistics and residual stream stay as they are."""
+
+    def rule(x: Tensor, group_sizes: Sequence[int], *rest: Any) -> Any:
+        norm_weight, norm_bias, *layers = rest[:6]
+        if _autocasts(x):
+            dtype = torch.get_autocast_dtype(device)
+            layers = [[tensor.to(dtype) for tensor in column] for column in layers]
+        with torch.autocast(device, enabled=False):
+            return torch.ops.vlmo_fast.mome_ffn(x, group_sizes, norm_weight, norm_bias, *layers, *rest[6:])
+
+    return rule
+
+
+def _no_autocast(device: str) -> Callable[..., Any]:
+    def rule(*arguments: Any) -> Any:
+        with torch.autocast(device, enabled=False):
+            return torch.ops.vlmo_fast.mome_ffn_backward(*arguments)
+
+    return rule
+
+
+_WEIGHTS = (
+    "SymInt[] group_sizes, Tensor[] norm_weight, Tensor[] norm_bias, Tensor[] fc1_weight, Tensor[] fc1_bias, "
+    "Tensor[] fc2_weight, Tensor[] fc2_bias, Tensor? layer_scale, Tensor? row_scale"
+)
+_library = torch.library.Library("vlmo_fast", "FRAGMENT")
+_library.define(
+    f"mome_ffn(Tensor x, {_WEIGHTS}, float eps, bool save, bool save_activation, str implementation) "
+    "-> (Tensor, Tensor, Tensor[], Tensor[])"
+)
+_library.define(
+    f"mome_ffn_backward(Tensor grad, Tensor x, {_WEIGHTS}, Tensor statistics, Tensor[] z, Tensor[] h, float eps, "
+    "bool[] trained, str implementation) -> (Tensor, Tensor, Tensor[])"
+)
+_library.impl("mome_ffn", _forward, "CompositeExplicitAutograd")
+_library.impl("mome_ffn_backward", _backward, "CompositeExplicitAutograd")
+for _device in ("cpu", "cuda"):
+    _library.impl("mome_ffn", _autocast_rule(_device), f"Autocast{_device.upper()}")
+    _library.impl("mome_ffn_backward", _no_autocast(_device), f"Autocast{_device.upper()}")
+torch.library.register_fake("vlmo_fast::mome_ffn", _fake, lib=_library)
+torch.library.register_fake("vlmo_fast::mome_ffn_backward", _fake_backward, lib=_library)
+torch.library.register_autograd("vlmo_fast::mome_ffn", _autograd, setup_context=_setup_context, lib=_library)
+
+
+@register_flop_formula(torch.ops.vlmo_fast.mome_ffn)
+def _flops(x: Sequence[int], group_sizes: Sequence[int], *columns: Any, **_: Any) -> int:
+    """Two matrix products."""
+    (hidden,) = columns[3][0]
+    return 4 * x[0] * x[1] * int(hidden)
+
+
+@register_flop_formula(torch.ops.vlmo_fast.mome_ffn_backward)
+def _backward_flops(grad: Any, x: Sequence[int], group_sizes: Sequence[int], *rest: Any, **_: Any) -> int:
+    """Two matrix products for the rows, and two more for the weights of each expert that trains."""
+    (hidden,), trained = rest[3][0], rest[-2]
+    rows = x[0] + sum(size for size, wanted in zip(group_sizes, trained, strict=True) if wanted)
+    return 4 * rows * x[1] * int(hidden)

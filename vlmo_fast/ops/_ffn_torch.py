@@ -1,0 +1,183 @@
+"""The modality experts on torch's own operators: each group's rows are views, each result goes where it belongs.
+
+Nothing is concatenated, sliced into copies or stacked. On a CPU the products are oneDNN's where it takes the dtype:
+they beat those of `torch.mm` there, and bias and GELU come with them for nothing (docs/log.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+__all__ = ["backward", "forward"]
+
+
+def forward(
+    x: Tensor,
+    group_sizes: Sequence[int],
+    experts: Sequence[Any],
+    layer_scale: Tensor | None,
+    row_scale: Tensor | None,
+    eps: float,
+    save: bool,
+    save_activation: bool,
+) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:
+    """The residual branch; see `ops.mome_ffn`.
+
+    Args:
+        x: (N, D).
+        group_sizes: rows of each group.
+        experts: `ExpertWeights` of each group.
+        layer_scale: (D,) or None.
+        row_scale: (N,) or None.
+        eps: epsilon of the norms.
+        save: whether a backward pass follows.
+        save_activation: whether it shall find GELU's outputs.
+
+    Returns:
+        The result (N, D), mean and reciprocal deviation (2, N), fc1's outputs and GELU's outputs (F channels, a tensor
+        for each group); what is not saved is empty.
+    """
+    out = x.new_empty(x.shape)
+    statistics = x.new_empty((2, len(x)) if save else (0,), dtype=torch.promote_types(x.dtype, torch.float32))
+    saved_z, saved_h = [], []
+    scale = None if layer_scale is None else layer_scale.to(x.dtype)
+    for rows, expert in zip(_groups(group_sizes), experts, strict=True):
+        normed, mean, rstd = _norm(x[rows], expert, eps)  # (n, D), (n, 1), (n, 1)
+        if save:
+            statistics[0, rows], statistics[1, rows] = mean.flatten(), rstd.flatten()
+            z = _linear(normed, expert.fc1_weight, expert.fc1_bias)  # (n, F)
+            h = F.gelu(z)
+            saved_z.append(z)
+            if save_activation:
+                saved_h.append(h)
+        else:
+            h = _linear_gelu(normed, expert.fc1_weight, expert.fc1_bias)
+        branch = _linear(h, expert.fc2_weight, expert.fc2_bias).to(x.dtype)  # (n, D)
+        if row_scale is not None:
+            branch *= row_scale[rows, None]
+        if scale is None:
+            torch.add(x[rows], branch, out=out[rows])
+        else:
+            torch.addcmul(x[rows], branch, scale, out=out[rows])
+    return out, statistics, saved_z, saved_h
+
+
+def backward(
+    grad: Tensor,
+    x: Tensor,
+    group_sizes: Sequence[int],
+    experts: Sequence[Any],
+    layer_scale: Tensor | None,
+    row_scale: Tensor | None,
+    statistics: Tensor,
+    z: Sequence[Tensor],
+    h: Sequence[Tensor],
+    eps: float,
+    trained: Sequence[bool],
+) -> tuple[Tensor, Tensor, list[tuple[Tensor, ...]]]:
+    """Gradients of `forward`.
+
+    With g = row_scale * grad and Q = g^T h, fc2's weight gets layer_scale * Q, and the layer scale, without the value
+    of the branch, rowsum(Q * W2) + b2 * sum(g).
+
+    Args:
+        grad: (N, D), of the result.
+        x: as in `forward`, like all that follow.
+        group_sizes: rows of each group.
+        experts: `ExpertWeights` of each group.
+        layer_scale: (D,) or None.
+        row_scale: (N,) or None.
+        statistics: (2, N).
+        z: fc1's outputs.
+        h: GELU's outputs, or nothing.
+        eps: epsilon of the norms.
+        trained: whether each expert's parameters get a gradient.
+
+    Returns:
+        Gradients of x, of the layer scale (empty without one) and of each expert's six parameters (empty ones where it
+        is not trained).
+    """
+    d_x = x.new_empty(x.shape)
+    accumulator = statistics.dtype
+    d_layer_scale = x.new_zeros(0 if layer_scale is None else len(layer_scale), dtype=accumulator)
+    d_experts: list[tuple[Tensor, ...]] = []
+    for index, (rows, expert) in enumerate(zip(_groups(group_sizes), experts, strict=True)):
+        dtype = expert.fc1_weight.dtype
+        g = grad[rows] if row_scale is None else grad[rows] * row_scale[rows, None].to(grad.dtype)  # (n, D)
+        d_branch = g if layer_scale is None else g * layer_scale.to(g.dtype)
+        if layer_scale is not None or trained[index]:
+            activation = h[index] if h else F.gelu(z[index])  # (n, F)
+            q = _linear(g.to(dtype).t(), activation.t())  # (D, F)
+            total = g.sum(0, dtype=accumulator)  # (D,)
+            if layer_scale is not None:
+                d_layer_scale += torch.linalg.vecdot(q, expert.fc2_weight) + expert.fc2_bias * total
+                if trained[index]:
+                    q *= layer_scale.to(dtype)[:, None]
+                    total *= layer_scale
+            del activation
+        d_z = _linear(d_branch.to(dtype), expert.fc2_weight.t())  # (n, F), of h until the next line
+        torch.ops.aten.gelu_backward.grad_input(d_z, z[index], grad_input=d_z)
+        d_normed = _linear(d_z, expert.fc1_weight.t()).to(x.dtype)  # (n, D)
+        part, norm_weight, norm_bias = x[rows], *_norm_parameters(x, expert)
+        through_norm, d_norm_weight, d_norm_bias = torch.ops.aten.native_layer_norm_backward(
+            *(d_normed, part, part.shape[1:]),
+            *(statistics[0, rows, None], statistics[1, rows, None]),
+            *(norm_weight, norm_bias, [True, trained[index], trained[index]]),
+        )
+        torch.add(grad[rows], through_norm, out=d_x[rows])
+        if trained[index]:
+            normed, _, _ = _norm(part, expert, eps)
+            d_fc1 = _linear(d_z.t(), normed.t()), d_z.sum(0, dtype=accumulator)
+            gradients = (d_norm_weight, d_norm_bias, *d_fc1, q, total)
+            d_experts.append(tuple(d.to(weight.dtype) for d, weight in zip(gradients, expert, strict=True)))
+        else:
+            d_experts.append(tuple(weight.new_empty(0) for weight in expert))
+    return d_x, d_layer_scale if layer_scale is None else d_layer_scale.to(layer_scale.dtype), d_experts
+
+
+def _groups(group_sizes: Sequence[int]) -> Iterator[slice]:
+    end = 0
+    for size in group_sizes:
+        end += size
+        yield slice(end - size, end)
+
+
+def _norm_parameters(x: Tensor, expert: Any) -> tuple[Tensor, Tensor]:
+    """Like the rows; on a CPU float32 beside half-precision rows, since the statistics are float32 only then."""
+    dtype = torch.promote_types(x.dtype, torch.float32) if x.device.type == "cpu" else x.dtype
+    return expert.norm_weight.to(dtype), expert.norm_bias.to(dtype)
+
+
+def _norm(part: Tensor, expert: Any, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    weight, bias = _norm_parameters(part, expert)
+    normed, mean, rstd = torch.native_layer_norm(part, part.shape[1:], weight, bias, eps)
+    return normed.to(expert.fc1_weight.dtype), mean, rstd
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """The product x weight^T + bias, contiguous."""
+    if _uses_onednn(x):
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return F.linear(x, weight, bias)
+
+
+def _linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    if _uses_onednn(x):
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "gelu", [], "none")
+    return F.gelu(F.linear(x, weight, bias))
+
+
+def _uses_onednn(x: Tensor) -> bool:
+    """OneDNN is there, is not switched off, takes the dtype, and there are rows (it refuses none)."""
+    return (
+        x.device.type == "cpu"
+        and x.numel() > 0
+        and torch.backends.mkldnn.is_available()
+        and bool(torch.backends.mkldnn.enabled)
+        and (x.dtype == torch.float32 or (x.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()))
+    )
