@@ -47,7 +47,14 @@ def errors(actual: Tensor, exact: Tensor) -> Errors:
     return Errors(float(difference.norm() / exact.norm()), float(rows.max()))
 
 
-def check(what: str, actual: Tensor, exact: Tensor, eager: Tensor, dtype: torch.dtype | None = None) -> None:
+def check(
+    what: str,
+    actual: Tensor,
+    exact: Tensor,
+    eager: Tensor,
+    dtype: torch.dtype | None = None,
+    condition: float = 1.0,
+) -> None:
     """Hold `actual` to the bounds.
 
     Args:
@@ -56,10 +63,12 @@ def check(what: str, actual: Tensor, exact: Tensor, eager: Tensor, dtype: torch.
         exact: the oracle's, float64.
         eager: the eager reference's, computed in the dtype under test.
         dtype: whose bounds hold; None means that of `actual`.
+        condition: by how much the operation itself multiplies a relative error of its first rounded intermediate: a
+            logit of size s, once rounded, moves exp(s) by s roundings. It multiplies the cap, not eager's error.
     """
     dtype = actual.dtype if dtype is None else dtype
     ours, theirs = errors(actual, exact), errors(eager, exact)
-    caps = (CAPS[dtype], WORST_ROW * CAPS[dtype])
+    caps = tuple(max(1.0, condition) * factor * CAPS[dtype] for factor in (1, WORST_ROW))
     for name, error, other, cap, band in zip(Errors._fields, ours, theirs, caps, BANDS, strict=True):
         relative = 2 * other + band * torch.finfo(dtype).eps
         bound = cap if dtype == torch.float64 else min(cap, relative)  # float64 is the oracle's own dtype

@@ -1,15 +1,16 @@
 """VLMo's objectives as pure functions: tensors in, tensors out.
 
-The image-text contrastive loss is an op of its own, `vlmo_fast.ops.contrastive_loss`.
+The image-text contrastive loss and the draw of hard negatives are ops: `vlmo_fast.ops.contrastive_loss` and
+`vlmo_fast.ops.sample_hard_negatives`.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from vlmo_fast.ops import HardNegatives, reference, sample_hard_negatives
 
 __all__ = [
     "HardNegatives",
@@ -52,18 +53,6 @@ def answer_loss(logits: Tensor, scores: Tensor) -> Tensor:
     return F.binary_cross_entropy_with_logits(logits, scores.to(logits.dtype)) * logits.shape[1]
 
 
-class HardNegatives(NamedTuple):
-    """Negatives of image-text matching.
-
-    Attributes:
-        image_ids: (B,) int64, for each text the index of an image that is not its own.
-        text_ids: (B,) int64, for each image the index of a text that is not its own.
-    """
-
-    image_ids: Tensor
-    text_ids: Tensor
-
-
 def hard_negative_probabilities(
     image_embeds: Tensor, text_embeds: Tensor, logit_scale: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -85,36 +74,11 @@ def hard_negative_probabilities(
             "hard_negative_probabilities: image_embeds and text_embeds must be at least 2 pairs, got "
             f"{len(image_embeds)} images and {len(text_embeds)} texts"
         )
-    dtype = torch.promote_types(image_embeds.dtype, torch.float32)
     with torch.autocast(image_embeds.device.type, enabled=False):
-        logits = logit_scale.to(dtype) * (text_embeds.to(dtype) @ image_embeds.to(dtype).t())  # (text, image)
-    own = torch.eye(len(logits), dtype=torch.bool, device=logits.device)
-    logits = logits.masked_fill(own, float("-inf"))
-    return logits.softmax(dim=1), logits.t().softmax(dim=1)
-
-
-def sample_hard_negatives(
-    image_embeds: Tensor, text_embeds: Tensor, logit_scale: Tensor, *, generator: torch.Generator | None = None
-) -> HardNegatives:
-    """Draw an image for each text, then a text for each image, the likelier the more similar (VLMo, section 3.2).
-
-    Args:
-        image_embeds: (B, P) unit-norm, B at least 2.
-        text_embeds: (B, P) unit-norm; row i belongs to image i.
-        logit_scale: 0-d multiplier, already exponentiated.
-        generator: source of randomness; None for torch's default.
-
-    Returns:
-        `HardNegatives`; never a sample's own match. No gradient flows, and the host never waits.
-
-    Raises:
-        ValueError: there is no other pair to draw from.
-    """
-    with torch.no_grad():
-        images, texts = hard_negative_probabilities(image_embeds, text_embeds, logit_scale)
-        image_ids = images.multinomial(1, generator=generator).squeeze(1)
-        text_ids = texts.multinomial(1, generator=generator).squeeze(1)
-    return HardNegatives(image_ids, text_ids)
+        return (
+            reference.negative_probabilities(text_embeds, image_embeds, logit_scale, diagonal=0),
+            reference.negative_probabilities(image_embeds, text_embeds, logit_scale, diagonal=0),
+        )
 
 
 def matching_labels(num_pairs: int, device: torch.device | None = None) -> Tensor:

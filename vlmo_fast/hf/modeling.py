@@ -271,7 +271,7 @@ class VLMoForPreTraining(_DualEncoder):
             itc_loss = (itc_loss + ops.contrastive_loss(image.vl_image_embeds, text.vl_text_embeds, vl_scale)) / 2
 
         if negative_image_ids is None or negative_text_ids is None:
-            negative_image_ids, negative_text_ids = losses.sample_hard_negatives(
+            negative_image_ids, negative_text_ids = ops.sample_hard_negatives(
                 image.image_embeds, text.text_embeds, scale
             )
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask

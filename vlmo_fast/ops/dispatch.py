@@ -62,6 +62,11 @@ def _everywhere(why: str) -> Callable[[Problem], tuple[bool, str]]:
     return lambda problem: (True, why)
 
 
+_SIMILARITY = (
+    _Implementation("chunked", _everywhere("blocks of rows: torch's matmuls, memory linear in N")),
+    _Implementation("eager", _everywhere("the reference: stores the N x N logits")),
+)
+
 # In order of preference: "auto" takes the first that accepts the problem and is `automatic` there.
 _IMPLEMENTATIONS: dict[str, tuple[_Implementation, ...]] = {
     "attention": (
@@ -85,7 +90,11 @@ _IMPLEMENTATIONS: dict[str, tuple[_Implementation, ...]] = {
         _Implementation("torch", _everywhere("matrix products group by group, nothing concatenated; no GELU saved")),
         _Implementation("eager", _everywhere("the reference: a loop over the experts")),
     ),
-    "contrastive_loss": (_Implementation("eager", _everywhere("the reference: stores the N x N logits")),),
+    "contrastive_loss": _SIMILARITY,
+    "contrastive_lse": _SIMILARITY,
+    "sample_hard_negatives": _SIMILARITY,
+    "retrieval_ranks": _SIMILARITY,
+    "similarity_topk": _SIMILARITY,
 }
 
 

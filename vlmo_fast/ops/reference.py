@@ -12,7 +12,18 @@ from torch.nn import functional as F
 if TYPE_CHECKING:
     from vlmo_fast.ops._ffn import ExpertWeights
 
-__all__ = ["attention", "contrastive_loss", "mome_ffn", "packed_attention"]
+__all__ = [
+    "attention",
+    "contrastive_loss",
+    "contrastive_lse",
+    "mome_ffn",
+    "negative_probabilities",
+    "packed_attention",
+    "positives_of",
+    "retrieval_ranks",
+    "similarities",
+    "similarity_topk",
+]
 
 
 def attention(
@@ -79,14 +90,6 @@ def packed_attention(
     return torch.zeros_like(query).index_copy(0, torch.cat(owned).to(query.device), torch.cat(results))
 
 
-def contrastive_loss(image_embeds: Tensor, text_embeds: Tensor, logit_scale: Tensor) -> Tensor:
-    """Symmetric cross-entropy of the (N, N) similarity matrix against its diagonal, in float32 at least."""
-    dtype = torch.promote_types(image_embeds.dtype, torch.float32)
-    logits = logit_scale.to(dtype) * (image_embeds.to(dtype) @ text_embeds.to(dtype).t())  # (N, N)
-    target = torch.arange(len(logits), device=logits.device)
-    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.t(), target)) / 2
-
-
 def mome_ffn(
     x: Tensor,
     group_sizes: Sequence[int],
@@ -120,3 +123,103 @@ def mome_ffn(
     if row_scale is not None:
         branch = branch * row_scale.to(x.dtype)[:, None]
     return x + branch
+
+
+def similarities(rows: Tensor, columns: Tensor, logit_scale: Tensor) -> Tensor:
+    """logit_scale rows columns^T, (N, M), in float32 at least."""
+    dtype = torch.promote_types(rows.dtype, torch.float32)
+    return logit_scale.to(rows.device, dtype) * (rows.to(dtype) @ columns.to(dtype).t())
+
+
+def positives_of(
+    logits: Tensor, row_ids: Tensor | None, column_ids: Tensor | None, diagonal: int | None
+) -> Tensor | None:
+    """(N, M) bool: where ids are equal, or column = row + diagonal; None where nothing was given."""
+    if row_ids is not None and column_ids is not None:
+        return row_ids[:, None] == column_ids
+    if diagonal is None:
+        return None
+    row, column = (torch.arange(size, device=logits.device) for size in logits.shape)
+    return row[:, None] + diagonal == column
+
+
+def contrastive_lse(
+    rows: Tensor,
+    columns: Tensor,
+    logit_scale: Tensor,
+    row_ids: Tensor | None = None,
+    column_ids: Tensor | None = None,
+    diagonal: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Row and column log-sum-exp of the similarities, positives left out: (N,) and (M,)."""
+    logits = similarities(rows, columns, logit_scale)
+    positive = positives_of(logits, row_ids, column_ids, diagonal)
+    if positive is not None:
+        logits = logits.masked_fill(positive, float("-inf"))
+    return logits.logsumexp(1), logits.logsumexp(0)
+
+
+def contrastive_loss(
+    image_embeds: Tensor,
+    text_embeds: Tensor,
+    logit_scale: Tensor,
+    image_ids: Tensor | None = None,
+    text_ids: Tensor | None = None,
+    positives: str = "exclude",
+) -> Tensor:
+    """Mean over rows and columns of -log p(positive), averaged over a row's positives, in float32 at least.
+
+    Without ids this is the symmetric cross-entropy of the (N, N) matrix against its diagonal.
+    """
+    logits = similarities(image_embeds, text_embeds, logit_scale)  # (N, M)
+    if image_ids is None or text_ids is None:
+        target = torch.arange(len(logits), device=logits.device)
+        return (F.cross_entropy(logits, target) + F.cross_entropy(logits.t(), target)) / 2
+    positive = image_ids[:, None] == text_ids
+    total = logits.new_zeros(())
+    for rows, match in ((logits, positive), (logits.t(), positive.t())):
+        if positives == "average":
+            terms = rows.logsumexp(1, keepdim=True) - rows
+        else:
+            negatives = rows.masked_fill(match, float("-inf")).logsumexp(1, keepdim=True)
+            terms = F.softplus(negatives - rows, threshold=40)  # log(exp(negatives) + exp(row)) - row
+        total = total + (terms.masked_fill(~match, 0.0).sum(1) / match.sum(1)).mean()
+    return total / 2
+
+
+def negative_probabilities(
+    rows: Tensor,
+    columns: Tensor,
+    logit_scale: Tensor,
+    row_ids: Tensor | None = None,
+    column_ids: Tensor | None = None,
+    diagonal: int | None = None,
+) -> Tensor:
+    """Softmax over each row of the similarities with the positives left out: (N, M)."""
+    logits = similarities(rows, columns, logit_scale)
+    positive = positives_of(logits, row_ids, column_ids, diagonal)
+    if positive is not None:
+        logits = logits.masked_fill(positive, float("-inf"))
+    return logits.softmax(1)
+
+
+def retrieval_ranks(
+    image_embeds: Tensor, text_embeds: Tensor, image_ids: Tensor | None = None, text_ids: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Place of the first match in the stable descending order of each row, and of each column: (N,) and (M,) int64."""
+    one = torch.ones((), dtype=image_embeds.dtype)
+    scores = similarities(image_embeds, text_embeds, one)
+    positive = positives_of(scores, image_ids, text_ids, 0)
+    assert positive is not None
+    ranks = []
+    for rows, match in ((scores, positive), (scores.t(), positive.t())):
+        order = rows.sort(dim=1, descending=True, stable=True).indices
+        ranks.append(match.gather(1, order).int().argmax(1) + 1)
+    return ranks[0], ranks[1]
+
+
+def similarity_topk(queries: Tensor, candidates: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The first k of the stable descending order of each query's similarities: values and indices, (N, k)."""
+    scores = similarities(queries, candidates, torch.ones((), dtype=queries.dtype))
+    values, indices = scores.sort(dim=1, descending=True, stable=True)
+    return values[:, :k], indices[:, :k]

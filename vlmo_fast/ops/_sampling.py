@@ -1,0 +1,134 @@
+"""Hard negatives of image-text matching: draws from the softmax of the similarities, positives left out."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from vlmo_fast.ops import _contrastive, _similarity, reference
+from vlmo_fast.ops._similarity import Excluded
+from vlmo_fast.ops.dispatch import select
+
+__all__ = ["HardNegatives", "sample_hard_negatives"]
+
+TILE = 256  # columns whose weights are summed before one of the sums is chosen
+
+
+class HardNegatives(NamedTuple):
+    """Negatives of image-text matching.
+
+    Attributes:
+        image_ids: (M,) int64, for each text the index of an image that is not its own.
+        text_ids: (N,) int64, for each image the index of a text that is not its own.
+    """
+
+    image_ids: Tensor
+    text_ids: Tensor
+
+
+def sample_hard_negatives(
+    image_embeds: Tensor,
+    text_embeds: Tensor,
+    logit_scale: Tensor,
+    *,
+    image_ids: Tensor | None = None,
+    text_ids: Tensor | None = None,
+    generator: torch.Generator | None = None,
+    backend: str = "auto",
+) -> HardNegatives:
+    """Draw an image for each text, then a text for each image, the likelier the more similar (VLMo, section 3.2).
+
+    Replaces, in linear memory and from the same distribution:
+        s = (logit_scale * image_embeds @ text_embeds.T).masked_fill(positive, -inf)
+        s.softmax(0).T.multinomial(1), s.softmax(1).multinomial(1)
+
+    One uniform number of float64 a draw decides, first among sums over tiles, then within the tile.
+
+    Args:
+        image_embeds: unit-norm embeddings, (N, P), any float dtype.
+        text_embeds: unit-norm embeddings, (M, P); without ids, N = M at least 2, and row i belongs to image i.
+        logit_scale: 0-d multiplier of the similarities, already exponentiated.
+        image_ids: (N,) int64, what each image shows, or None; pairs of equal ids are never drawn.
+        text_ids: (M,) int64; with `image_ids` or not at all.
+        generator: source of randomness, on the embeddings' device; None for torch's default.
+        backend: "auto", or the name of an implementation.
+
+    Returns:
+        `HardNegatives`; never a sample's own match. No gradient flows, and the host never waits for an accelerator.
+
+    Raises:
+        ValueError: shapes or devices disagree, embeddings are not finite, or there is no negative to draw.
+        TypeError: dtypes disagree.
+    """
+    op = "sample_hard_negatives"
+    if image_ids is None and text_ids is None and (len(image_embeds) < 2 or len(image_embeds) != len(text_embeds)):
+        raise ValueError(
+            f"{op}: image_embeds and text_embeds must be at least 2 pairs, "
+            f"got {len(image_embeds)} images and {len(text_embeds)} texts"
+        )
+    _contrastive._check(op, image_embeds, text_embeds, logit_scale, image_ids, text_ids)
+    implementation = select(op, _contrastive._problem(image_embeds, text_embeds, image_ids), backend)
+    with torch.no_grad(), torch.autocast(image_embeds.device.type, enabled=False):
+        _similarity.require_finite(op, "image_embeds and text_embeds", image_embeds, text_embeds, logit_scale)
+        diagonal = 0 if image_ids is None else None
+        of_texts, of_images = Excluded(text_ids, image_ids, diagonal), Excluded(image_ids, text_ids, diagonal)
+        draw = _draw if implementation == "chunked" else _draw_eagerly
+        images = draw(text_embeds, image_embeds, logit_scale, of_texts, generator)
+        texts = draw(image_embeds, text_embeds, logit_scale, of_images, generator)
+    return HardNegatives(images, texts)
+
+
+def _draw_eagerly(
+    rows: Tensor, columns: Tensor, logit_scale: Tensor, excluded: Excluded, generator: torch.Generator | None
+) -> Tensor:
+    probabilities = reference.negative_probabilities(rows, columns, logit_scale, *excluded)
+    return probabilities.multinomial(1, generator=generator).squeeze(1)
+
+
+def _draw(
+    rows: Tensor, columns: Tensor, logit_scale: Tensor, excluded: Excluded, generator: torch.Generator | None
+) -> Tensor:
+    """A column for each row, (N,)."""
+    uniform = torch.rand(len(rows), dtype=torch.float64, device=rows.device, generator=generator)
+    drawn = torch.empty(len(rows), dtype=torch.int64, device=rows.device)
+    rows, columns = _similarity.working(rows), _similarity.working(columns)
+    scale = logit_scale.to(rows.device, _similarity.wide(rows.dtype))
+    for part in _similarity.blocks(len(rows), len(columns), rows):
+        logits = excluded.apply(_similarity.similarities(rows[part], columns, scale), part.start)  # (R, M)
+        drawn[part] = _choose(logits, uniform[part])
+    return drawn
+
+
+def _choose(logits: Tensor, uniform: Tensor) -> Tensor:
+    """Inverse of each row's cumulative softmax at `uniform` in [0, 1); a weight of 0 is never chosen."""
+    num_columns = logits.shape[1]
+    top = logits.amax(1, keepdim=True)
+    _similarity.require(top.isfinite().all(), "sample_hard_negatives: each row must have a negative, got one with none")
+    weights = logits.sub_(top).exp_()  # (R, M)
+    whole = num_columns // TILE * TILE
+    sums = weights[:, :whole].view(len(weights), -1, TILE).sum(2, dtype=torch.float64)  # (R, whole tiles)
+    if whole < num_columns:
+        rest = weights[:, whole:].sum(1, keepdim=True, dtype=torch.float64)
+        sums = torch.cat([sums, rest], dim=1)
+    target, tile = _locate(sums, uniform)
+    columns = tile[:, None] * TILE + torch.arange(TILE, device=logits.device)  # (R, TILE)
+    inside = columns < num_columns
+    strip = weights.gather(1, columns.clamp(max=num_columns - 1)).double() * inside
+    _, place = _locate(strip, target)
+    return tile * TILE + place
+
+
+def _locate(weights: Tensor, fraction: Tensor) -> tuple[Tensor, Tensor]:
+    """Where the cumulative weights of each row pass `fraction` of their total.
+
+    Returns:
+        How far within the weight found, in [0, 1), float64; and its index, int64.
+    """
+    ends = weights.cumsum(1)  # (R, K) float64
+    target = (fraction * ends[:, -1])[:, None]
+    index = torch.searchsorted(ends, target, right=True)  # the first that exceeds the target, so its weight is not 0
+    weight = weights.gather(1, index)
+    inside = (target - (ends.gather(1, index) - weight)) / weight
+    return inside.squeeze(1).clamp(0, 1 - 2**-53), index.squeeze(1)
