@@ -10,7 +10,7 @@ import pytest
 import torch
 from test_checkpoints import CLASSES, assert_same, small
 from test_pretrained import assert_image_path, beit, bert, released
-from transformers import BeitForImageClassification
+from transformers import AutoProcessor, BeitForImageClassification
 
 import vlmo_fast
 from vlmo_fast import convert
@@ -99,6 +99,22 @@ def test_beit_and_bert(tmp_path, capsys):
         model = vlmo_fast.VLMoForMaskedLM.from_pretrained(tmp_path / f"{name}-vlmo")
         if name == "beit":  # its epsilon is in the configuration
             assert_image_path(model, source.beit)
+
+
+def test_a_processor_beside_the_model(tmp_path, capsys):
+    torch.save(small(), tmp_path / "in.pt")
+    vocabulary = tmp_path / "vocab.txt"
+    vocabulary.write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\ncat\n")
+    run(capsys, tmp_path / "in.pt", tmp_path / "out", "--vocab", vocabulary)
+    processor = AutoProcessor.from_pretrained(tmp_path / "out")
+    assert processor.tokenizer("cat dog")["input_ids"] == [2, 5, 1, 3]
+    assert processor.tokenizer.model_max_length == 6
+    assert processor.image_processor.size == {"height": 12, "width": 12}
+    assert "--vocab must come with a folder" in refuse(capsys, tmp_path / "in.pt", "x.pt", "--vocab", vocabulary)
+    assert "vocabulary must be a file" in refuse(capsys, tmp_path / "in.pt", tmp_path / "new", "--vocab", tmp_path)
+    vocabulary.write_text("\n".join(map(str, range(99))))
+    assert "vocabulary must" in refuse(capsys, tmp_path / "in.pt", tmp_path / "new", "--vocab", vocabulary)
+    assert not (tmp_path / "new").exists()
 
 
 def test_fresh_tensors_follow_the_seed(tmp_path, capsys):

@@ -2,6 +2,7 @@
 
 import math
 
+import accelerate
 import pytest
 import torch
 from torch import nn
@@ -11,6 +12,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 import vlmo_fast
 from vlmo_fast import VLMoConfig
+from vlmo_fast.ops import _attention
 
 SIZES = {
     "hidden_size": 24,
@@ -287,6 +289,87 @@ def test_gradient_checkpointing_enable(head):
         gradients = backward(model, head)
         assert len(calls) == factor * once
         assert all(torch.equal(plain[name], gradients[name]) for name in plain)
+
+
+@pytest.mark.parametrize("head", ["VLMoForPreTraining", "VLMoForImageTextRetrieval"])
+def test_shards(head, tmp_path):
+    """Safetensors in pieces; the unused text positions, a buffer, travel too."""
+    model = build(head)
+    model.save_pretrained(tmp_path, max_shard_size="60KB")
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
+    again = getattr(vlmo_fast, head).from_pretrained(tmp_path)
+    assert all(torch.equal(x, model.state_dict()[name]) for name, x in again.state_dict().items())
+
+
+def test_device_map(tmp_path):
+    """accelerate's placement gives the same numbers, and never divides a block."""
+    model = build("VLMoForQuestionAnswering")
+    model.save_pretrained(tmp_path / "model")
+    inputs = batch("VLMoForQuestionAnswering")
+    load = vlmo_fast.VLMoForQuestionAnswering.from_pretrained
+    mapped = load(tmp_path / "model", device_map="auto")
+    assert torch.equal(mapped(**inputs).logits, model(**inputs).logits)
+    limits = {0: 40_000, 1: 40_000, "cpu": 10**9}
+    placed = accelerate.infer_auto_device_map(model, limits, list(model._no_split_modules))
+    assert len(set(placed.values())) > 1
+    assert not [name for name in placed if ".blocks." in name and name.count(".") > 2]
+
+
+def test_accelerate(tmp_path):
+    """Accelerator.prepare and backward, two steps: the steps of plain torch."""
+    models = []
+    for accelerated in (False, True):
+        model = build("VLMoForQuestionAnswering").train()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        if accelerated:
+            accelerator = accelerate.Accelerator(cpu=True)
+            model, optimizer = accelerator.prepare(model, optimizer)
+        for _ in range(2):
+            loss = model(**batch("VLMoForQuestionAnswering")).loss
+            accelerator.backward(loss) if accelerated else loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        models.append(accelerator.unwrap_model(model) if accelerated else model)
+    for ours, theirs in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+# Attention
+
+
+@pytest.mark.parametrize("head", ["VLMoForQuestionAnswering", "VLMoModel"])
+def test_attn_implementation_reaches_the_door(head, tmp_path, monkeypatch):
+    """By argument, by loading, by the switch of a living model; auto where nothing was asked for."""
+    model = build(head)
+    model.save_pretrained(tmp_path)
+    seen = []
+    select = _attention.select
+    monkeypatch.setattr(
+        _attention, "select", lambda op, problem, backend: seen.append(backend) or select(op, problem, backend)
+    )
+
+    def asked_for(model) -> set[str]:
+        seen.clear()
+        inputs = {name: x for name, x in batch("VLMoForImageTextRetrieval").items() if name != "return_loss"}
+        model(**inputs)
+        return set(seen)
+
+    assert asked_for(model) == {"auto"}
+    model_class = getattr(vlmo_fast, head)
+    for name in ("eager", "sdpa", "auto"):
+        assert asked_for(model_class.from_pretrained(tmp_path, attn_implementation=name)) == {name}
+        model.set_attn_implementation(name)
+        assert model.config._attn_implementation == name
+        assert asked_for(model) == {name}
+    again = type(model)(VLMoConfig(**SIZES, attn_implementation="sdpa"))
+    assert asked_for(again) == {"sdpa"}
+    with pytest.raises(NotImplementedError, match="xformers runs on CUDA devices, not on cpu"):
+        asked_for(model_class.from_pretrained(tmp_path, attn_implementation="xformers"))
+    for name in ("flash_attention_2", "flex_attention", "nonsense"):
+        with pytest.raises(ValueError, match=f"attn_implementation must be one of .*'sdpa'.* got '{name}'"):
+            model_class.from_pretrained(tmp_path, attn_implementation=name)
+        with pytest.raises(ValueError, match="attn_implementation must be one of"):
+            model.set_attn_implementation(name)
 
 
 # Outputs

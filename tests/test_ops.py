@@ -1,6 +1,8 @@
 """The public operations: values and gradients against float64, the dispatch table, and every refusal."""
 
 import math
+import sys
+import types
 
 import pytest
 import torch
@@ -318,13 +320,59 @@ def test_automatic_choices():
 
 def test_explicit_choices():
     for op in ("attention", "contrastive_loss"):
-        for name in ops.implementations(op):
+        for name in set(ops.implementations(op)) - {"xformers"}:
             assert ops.select(op, ops.Problem("cpu", torch.float32), name) == name
-    assert ops.implementations("attention") == ("sdpa", "eager")
+    assert ops.implementations("attention") == ("sdpa", "eager", "xformers")
+
+
+def test_xformers_is_chosen_by_name_alone(monkeypatch):
+    """And only where it can run; otherwise the refusal says why and what can."""
+    with pytest.raises(NotImplementedError, match=r"xformers runs on CUDA devices, not on cpu\); these can: \['sdpa'"):
+        ops.select("attention", ops.Problem("cpu", torch.float32), "xformers")
+    cuda = ops.Problem("cuda", torch.bfloat16)
+    monkeypatch.setattr(dispatch, "find_spec", lambda name: name)
+    assert ops.select("attention", cuda, "xformers") == "xformers"
+    assert ops.select("attention", cuda) == "sdpa"
+    monkeypatch.setattr(dispatch, "find_spec", lambda name: None)
+    with pytest.raises(NotImplementedError, match="the package xformers is not installed"):
+        ops.select("attention", cuda, "xformers")
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("mask", [False, True])
+def test_what_xformers_is_given(monkeypatch, bias, mask):
+    """Its kernels need a GPU; what reaches them is checked by a stand-in that computes what xformers documents."""
+
+    def memory_efficient_attention(query, key, value, attn_bias=None, scale=None):
+        assert query.shape == (2, 4, 3, 6)  # (B, S, heads, d)
+        assert (attn_bias is None) == (not bias and not mask)
+        if attn_bias is not None:
+            assert attn_bias.shape == (2, 3, 4, 5)
+            assert attn_bias.dtype == query.dtype
+            assert attn_bias.stride(-1) == 1
+            assert attn_bias.stride(-2) % 8 == 0
+        output = torch.nn.functional.scaled_dot_product_attention(
+            *(x.transpose(1, 2) for x in (query, key, value)), attn_mask=attn_bias, scale=scale
+        )
+        return output.transpose(1, 2)
+
+    module = types.ModuleType("xformers.ops")
+    module.memory_efficient_attention = memory_efficient_attention
+    monkeypatch.setitem(sys.modules, "xformers", types.ModuleType("xformers"))
+    monkeypatch.setitem(sys.modules, "xformers.ops", module)
+    tensors = problem(bias=bias, mask=mask)
+    actual, wanted = _attention._xformers(*tensors, 0.3), ops.attention(*tensors, scale=0.3, backend="eager")
+    torch.testing.assert_close(actual, wanted)
+    leaves = [x for x in tensors if x is not None and x.requires_grad]
+    weight = torch.randn_like(wanted)
+    for ours, theirs in zip(*(torch.autograd.grad(x, leaves, weight) for x in (actual, wanted)), strict=True):
+        torch.testing.assert_close(ours, theirs)
 
 
 def test_unknown_backend_names_the_known_ones():
-    with pytest.raises(ValueError, match=r"^attention: backend must be 'auto' or one of \['sdpa', 'eager'\], got 'x'$"):
+    with pytest.raises(
+        ValueError, match=r"^attention: backend must be 'auto' or one of \['sdpa', 'eager', 'xformers'\], got 'x'$"
+    ):
         ops.attention(*(torch.ones(1, 1, 2, 4),) * 3, backend="x")
     with pytest.raises(
         ValueError, match=r"^contrastive_loss: backend must be 'auto' or one of \[.*'eager'\], got 'sdpa'$"

@@ -19,7 +19,9 @@ if TYPE_CHECKING:
         VLMoForMaskedLM,
         VLMoForPreTraining,
         VLMoForQuestionAnswering,
+        VLMoModel,
     )
+    from vlmo_fast.hf.processing import VLMoImageProcessor, VLMoProcessor
     from vlmo_fast.model import MoMEOutput, MoMETransformer
     from vlmo_fast.pretrained import load_beit, load_bert_embeddings
 
@@ -34,6 +36,7 @@ __all__ = [
     "load_beit",
     "load_bert_embeddings",
     "VLMoConfig",
+    "VLMoModel",
     "VLMoForPreTraining",
     "VLMoForMaskedLM",
     "VLMoForMaskedImageModeling",
@@ -41,6 +44,8 @@ __all__ = [
     "VLMoForQuestionAnswering",
     "VLMoForImagesAndTextClassification",
     "VLMoForImageClassification",
+    "VLMoImageProcessor",
+    "VLMoProcessor",
 ]
 
 _NAMES_OF_MODULE = {
@@ -49,7 +54,9 @@ _NAMES_OF_MODULE = {
     "vlmo_fast.checkpoints": ("load_official", "save_official"),
     "vlmo_fast.pretrained": ("load_beit", "load_bert_embeddings"),
     "vlmo_fast.hf.configuration": ("VLMoConfig",),
+    "vlmo_fast.hf.processing": ("VLMoImageProcessor", "VLMoProcessor"),
     "vlmo_fast.hf.modeling": (
+        "VLMoModel",
         "VLMoForPreTraining",
         "VLMoForMaskedLM",
         "VLMoForMaskedImageModeling",

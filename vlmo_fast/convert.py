@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from vlmo_fast.checkpoints import Conversion
+    from vlmo_fast.hf.modeling import VLMoPreTrainedModel
+    from vlmo_fast.hf.processing import VLMoProcessor
 
 _TASKS = ("pretrain", "retrieval", "vqa", "nlvr2", "text", "mim", "classification")
 _RELEASED_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".th")
@@ -29,7 +31,7 @@ released code loads. It appears whole or not at all."""
 
 _EPILOG = """\
 examples:
-  vlmo-fast convert vlmo_base_patch16_384_coco.pt coco/
+  vlmo-fast convert vlmo_base_patch16_384_coco.pt coco/ --vocab bert
   vlmo-fast convert vlmo_base_patch16_224.pt vqa-480/ --task vqa --image-size 480
   vlmo-fast convert beit_base_patch16_224_pt22k_ft22kto1k.pth text-stage.pt --task text --max-text-length 196
   vlmo-fast convert coco/ back.pt
@@ -77,6 +79,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     model.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="dtype to write (default: IN's)")
     model.add_argument("--bert", type=Path, metavar="PATH", help="start the text embeddings from this BERT")
+    model.add_argument(
+        "--vocab",
+        metavar="FILE",
+        help="put a processor with this WordPiece vocabulary into OUT; 'bert' is BERT's of the released models",
+    )
     model.add_argument("--seed", type=int, default=0, help="for tensors that start fresh (default: %(default)s)")
     output = parser.add_argument_group("output")
     output.add_argument("--overwrite", action="store_true", help="replace OUT where it is there")
@@ -88,6 +95,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def _run(args: argparse.Namespace) -> dict[str, Any]:
     to_file = args.out is not None and args.out.suffix in _RELEASED_SUFFIXES
+    if to_file and args.vocab is not None:
+        raise ValueError(f"--vocab must come with a folder as OUT, got {args.out}")
     if args.out is not None and not args.dry_run and args.out.exists() and not args.overwrite:
         raise FileExistsError(f"OUT must be new (or take --overwrite), got {args.out}")
 
@@ -112,12 +121,17 @@ def _run(args: argparse.Namespace) -> dict[str, Any]:
         fresh -= set(load_bert_embeddings(model, args.bert))
     if args.dtype is not None:
         model = model.to(getattr(torch, args.dtype))
+    processor = None
+    if args.vocab is not None:
+        from vlmo_fast.hf.processing import VLMoProcessor
+
+        processor = VLMoProcessor.from_vocabulary(None if args.vocab == "bert" else args.vocab, model.config)
     if args.out is not None and not args.dry_run:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         if to_file:
             save_official(model, args.out)
         else:
-            write_whole(args.out, model.save_pretrained)
+            write_whole(args.out, lambda folder: _save(model, processor, folder))
     return {
         "source": conversion.report.source,
         "task": conversion.report.task,
@@ -132,6 +146,12 @@ def _run(args: argparse.Namespace) -> dict[str, Any]:
         "unused": list(conversion.report.unused),
         "out": None if args.dry_run else str(args.out),
     }
+
+
+def _save(model: VLMoPreTrainedModel, processor: VLMoProcessor | None, folder: Path) -> None:
+    model.save_pretrained(folder)
+    if processor is not None:
+        processor.save_pretrained(folder)
 
 
 def _open(args: argparse.Namespace, settings: dict[str, Any]) -> Conversion:

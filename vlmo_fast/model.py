@@ -118,6 +118,15 @@ class MoMETransformer(nn.Module):
         self.vl_text_projection = projection(add_vl_projections)
         self.apply(self.init_weights)
 
+    def set_attention_backend(self, backend: str) -> None:
+        """Have every block's attention run on one implementation: "auto", or a name that the attention op knows."""
+        known = ("auto", *ops.implementations("attention"))
+        if backend not in known:
+            raise ValueError(f"MoMETransformer: attention backend must be one of {list(known)}, got {backend!r}")
+        for module in self.modules():
+            if isinstance(module, Attention):
+                module.backend = backend
+
     def init_weights(self, module: nn.Module) -> None:
         """Initialise the parameters that `module` itself owns (not its children's), the released way."""
         std = self.config.initializer_range
@@ -508,6 +517,7 @@ class Attention(nn.Module):
     def __init__(self, config: MoMEConfig) -> None:
         super().__init__()
         self.num_heads = config.num_attention_heads
+        self.backend = "auto"
         self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size, bias=False)
         self.q_bias = nn.Parameter(torch.zeros(config.hidden_size))
         self.v_bias = nn.Parameter(torch.zeros(config.hidden_size))
@@ -529,7 +539,7 @@ class Attention(nn.Module):
         query, key, value = (
             part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in (query, key, value)
         )  # (B, heads, S, d) each
-        attended = ops.attention(query, key, value, bias, key_mask)
+        attended = ops.attention(query, key, value, bias, key_mask, backend=self.backend)
         return self.dropout(self.projection(attended.transpose(1, 2).flatten(2)))
 
 

@@ -31,9 +31,26 @@ __all__ = [
     "VLMoForPreTraining",
     "VLMoForQuestionAnswering",
     "VLMoImageTextRetrievalOutput",
+    "VLMoModel",
+    "VLMoModelOutput",
     "VLMoPreTrainedModel",
     "VLMoPreTrainingOutput",
 ]
+
+
+@dataclass
+class VLMoModelOutput(ModelOutput):
+    """The fields of `vlmo_fast.MoMEOutput`, where they are described; None where a path did not run."""
+
+    last_hidden_state: Tensor | None = None
+    pooler_output: Tensor | None = None
+    image_embeds: Tensor | None = None
+    text_embeds: Tensor | None = None
+    vl_last_hidden_state: Tensor | None = None
+    vl_image_embeds: Tensor | None = None
+    vl_text_embeds: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    vl_hidden_states: tuple[Tensor, ...] | None = None
 
 
 @dataclass
@@ -132,6 +149,29 @@ class VLMoPreTrainedModel(PreTrainedModel):
 
     backbone: MoMETransformer
 
+    def post_init(self) -> None:
+        """As in transformers; the attention that the configuration asks for then reaches the door."""
+        super().post_init()
+        self.backbone.set_attention_backend(self.config._attn_implementation)
+
+    def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
+        """One of the door's names; "auto", its own choice, where none was asked for."""
+        known = ("auto", *ops.implementations("attention"))
+        if requested_attention is None:
+            return "auto"
+        if requested_attention not in known:
+            self._fail("attn_implementation", f"be one of {list(known)}", repr(requested_attention))
+        return requested_attention
+
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        return True
+
+    def set_attn_implementation(self, *args: Any, **kwargs: Any) -> None:
+        """As in transformers: one of the door's names, for all blocks."""
+        super().set_attn_implementation(*args, **kwargs)
+        self.backbone.set_attention_backend(self.config._attn_implementation)
+
     def _init_weights(self, module: nn.Module) -> None:
         self.backbone.init_weights(module)
         for name in ("logit_scale", "vl_logit_scale"):
@@ -206,6 +246,40 @@ class _DualEncoder(VLMoPreTrainedModel):
         """
         output = self.backbone(input_ids, attention_mask, output_hidden_states=output_hidden_states)
         return BaseModelOutputWithPooling(output.last_hidden_state, output.text_embeds, output.hidden_states)
+
+
+class VLMoModel(_DualEncoder):
+    """The backbone alone: embeddings of images and texts, fused pairs."""
+
+    def __init__(self, config: VLMoConfig) -> None:
+        super().__init__(config)
+        self.backbone = MoMETransformer(config.mome)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        image_type_ids: Tensor | int | None = None,
+        use_vl_branch: bool = False,
+        interpolate_pos_encoding: bool = False,
+        cls_only: bool = False,
+        output_hidden_states: bool = False,
+    ) -> VLMoModelOutput:
+        """Encode images, texts, or pairs; arguments as those of `vlmo_fast.MoMETransformer.forward`."""
+        output = self.backbone(
+            input_ids,
+            attention_mask,
+            pixel_values,
+            image_type_ids=image_type_ids,
+            use_vl_branch=use_vl_branch,
+            interpolate_pos_encoding=interpolate_pos_encoding,
+            cls_only=cls_only,
+            output_hidden_states=output_hidden_states,
+        )
+        return VLMoModelOutput(**output._asdict())
 
 
 class VLMoForPreTraining(_DualEncoder):

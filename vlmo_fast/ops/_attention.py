@@ -33,7 +33,7 @@ def attention(
         bias: (heads, S_q, S_k), any float dtype, or None.
         key_mask: (B, S_k) bool, False for padding keys, or None. Each row must keep at least one key.
         scale: factor of the scores; None means d ** -0.5.
-        backend: "auto", "eager" or "sdpa".
+        backend: "auto", "eager", "sdpa" or "xformers".
 
     Returns:
         (B, heads, S_q, d) in the query's dtype.
@@ -41,6 +41,7 @@ def attention(
     Raises:
         ValueError: shapes disagree, or the backend is unknown.
         TypeError: dtypes disagree.
+        NotImplementedError: the backend cannot run here; names those that can.
     """
     if query.ndim != 4 or key.ndim != 4 or key.shape != value.shape or query.shape[:2] != key.shape[:2]:
         raise ValueError(
@@ -69,7 +70,10 @@ def attention(
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (query, key, value, bias))
     problem = Problem(query.device.type, query.dtype, needs_grad, query.shape[-1])
-    if select("attention", problem, backend) == "eager":
+    implementation = select("attention", problem, backend)
+    if implementation == "xformers":
+        return _xformers(query, key, value, bias, key_mask, scale)
+    if implementation == "eager":
         with torch.autocast(query.device.type, enabled=False):  # scores and softmax stay in float32
             return reference.attention(query, key, value, bias, key_mask, scale)
     return _sdpa(query, key, value, bias, key_mask, scale)
@@ -87,3 +91,24 @@ def _sdpa(
         ]  # a float32 mask beside bfloat16 queries gives wrong numbers in cuDNN's kernel
         mask = bias if mask is None else bias.masked_fill(~mask, float("-inf"))
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
+
+
+def _xformers(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, key_mask: Tensor | None, scale: float
+) -> Tensor:
+    from xformers.ops import memory_efficient_attention
+
+    (batch, heads, num_queries, _), num_keys = query.shape, key.shape[2]
+    mask: Tensor | None = None
+    if bias is not None or key_mask is not None:
+        # Its kernels want rows of the bias that begin at multiples of 8 elements: a slice of a wider tensor.
+        padded = (num_keys + 7) // 8 * 8
+        mask = query.new_zeros(1, heads, num_queries, padded)
+        if bias is not None:
+            mask = mask + F.pad(bias.to(query.dtype), (0, padded - num_keys))
+        if key_mask is not None:
+            mask = mask.masked_fill(~F.pad(key_mask, (0, padded - num_keys))[:, None, None, :], float("-inf"))
+        mask = mask.expand(batch, -1, -1, -1)[..., :num_keys]
+    swapped = (part.transpose(1, 2) for part in (query, key, value))  # (B, S, heads, d) each
+    output: Tensor = memory_efficient_attention(*swapped, attn_bias=mask, scale=scale)
+    return output.transpose(1, 2)

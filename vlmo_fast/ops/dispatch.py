@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
@@ -62,6 +63,14 @@ def _everywhere(why: str) -> Callable[[Problem], tuple[bool, str]]:
     return lambda problem: (True, why)
 
 
+def _takes_xformers(problem: Problem) -> tuple[bool, str]:
+    if problem.device != "cuda":
+        return False, f"xformers runs on CUDA devices, not on {problem.device}"
+    if find_spec("xformers") is None:
+        return False, "the package xformers is not installed"
+    return True, "xformers' memory-efficient attention"
+
+
 _SIMILARITY = (
     _Implementation("chunked", _everywhere("blocks of rows: torch's matmuls, memory linear in N")),
     _Implementation("eager", _everywhere("the reference: stores the N x N logits")),
@@ -76,6 +85,7 @@ _IMPLEMENTATIONS: dict[str, tuple[_Implementation, ...]] = {
             automatic=lambda problem: problem.device != "cpu",
         ),
         _Implementation("eager", _everywhere("the reference; on a CPU the faster one (docs/log.md)")),
+        _Implementation("xformers", _takes_xformers, automatic=lambda problem: False),
     ),
     "packed_attention": (
         _Implementation(

