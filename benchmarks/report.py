@@ -2,6 +2,7 @@
 
     python -m benchmarks.report                       newest file of each machine in benchmarks/results/ -> README, page
     python -m benchmarks.report FILE... --page P      the page alone, from these files
+    python -m benchmarks.report FILE... --table       a short table on the terminal
     python -m benchmarks.report --compare OLD NEW     exit status 1 if something of ours got slower beyond the noise
 
 Nothing else writes between the README's markers, and no figure in there comes from anywhere but a results file. A ratio
@@ -734,12 +735,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--compare", nargs=2, type=Path, metavar=("OLD", "NEW"), help="compare two files, write nothing"
     )
     parser.add_argument("--page", type=Path, help="write the page here, and leave the README alone")
+    parser.add_argument("--table", action="store_true", help="print a short table, and write nothing")
     options = parser.parse_args(arguments)
     try:
         if options.compare:
             return show_changes(*(load(path) for path in options.compare))
         runs = [load(path) for path in options.files or newest(RESULTS)]
         runs.sort(key=lambda run: run["machine"]["gpu"] is not None)
+        if options.table:
+            print("\n".join(short_table(run) for run in runs))
+            return 0
         if options.page:
             options.page.write_text(page(runs), encoding="utf-8")
             return 0
@@ -765,6 +770,25 @@ def write(runs: Sequence[Run], root: Path) -> None:
     if found:
         (root / "docs" / "benchmarks.svg").write_text(plot_ratios(found), encoding="utf-8")
     readme.write_text(text, encoding="utf-8")
+
+
+def short_table(run: Run) -> str:
+    """A line for each group and each promise of a run."""
+    lines = [f"{machine_line(run)}\n{provenance(run)}\n{sentence(conditions(run))}"]
+    lines += [f"FAILED {g['name']}: {g['failure'][:200]}" for g in run["groups"] if "failure" in g]
+    for group in measured(run):
+        first = next((c for c in timed(group) if c["role"] == "ours"), None)
+        if first is None:
+            continue
+        share = "" if first["of_matmul_ceiling"] is None else f" {first['of_matmul_ceiling']:4.0%}"
+        beside = ", ".join(f"{r.other} {r.median:.2f}" for r in ratios(group))
+        lines.append(f"{group['family']}: {title(group)}: {seconds(first['median'])}{share} | times ours: {beside}")
+    lines += [
+        f"{'met' if row.met else 'NOT MET':<8}{row.measured:>10} (promised {row.promise.bound}) {row.promise.what}"
+        for row in judged([run])
+        if row.met is not None
+    ]
+    return "\n".join(lines)
 
 
 def show_changes(old: Run, new: Run) -> int:

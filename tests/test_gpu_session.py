@@ -1,0 +1,67 @@
+"""The one-call GPU script, as far as it goes without a GPU."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SCRIPT = ROOT / "tools" / "gpu_session.sh"
+
+
+def session(*options, **environment):
+    env = {key: value for key, value in os.environ.items() if key != "OUT"} | {"PYTHON": sys.executable} | environment
+    return subprocess.run([str(SCRIPT), *options], env=env, capture_output=True, text=True)
+
+
+def test_it_explains_itself_and_refuses_what_it_does_not_know():
+    assert os.access(SCRIPT, os.X_OK)
+    done = session("--help")
+    assert done.returncode == 0
+    assert "under ten minutes" in done.stdout and "--dry-run" in done.stdout and "set -uo" not in done.stdout
+    done = session("--nonsense")
+    assert done.returncode == 2
+    assert "unknown option --nonsense" in done.stderr
+
+
+def test_every_op_runs_with_each_of_its_implementations():
+    """The program that compute-sanitizer watches."""
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "tools" / "gpu_smoke.py"), "--small"], env=env, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    for op in ("mome_ffn", "packed_attention", "contrastive_loss"):
+        assert any(line.startswith(op) and "ok" in line for line in done.stdout.splitlines())
+    assert "DIFFERS" not in done.stdout
+
+
+def test_a_step_that_fails_is_told_and_the_rest_goes_on(tmp_path):
+    done = session("--dry-run", "--only", "tests,sanitizer", "--out", str(tmp_path / "out"), PYTHON="false")
+    assert done.returncode == 1
+    assert "tests" in done.stdout and "sanitizer" in done.stdout
+    assert done.stdout.count("failed (1)") == 2
+    assert "out of time" not in done.stdout
+
+
+def test_no_step_starts_after_the_limit(tmp_path):
+    done = session("--dry-run", "--limit", "1", "--out", str(tmp_path))
+    assert "no time left" in done.stdout
+    assert not (tmp_path / "benchmarks.json").exists()
+
+
+@pytest.mark.slow
+def test_the_whole_session_without_a_gpu(tmp_path):
+    before = {path.name for path in ROOT.iterdir()}
+    done = session("--dry-run", "--out", str(tmp_path), "--limit", "500")
+    assert done.returncode == 0, done.stdout + done.stderr
+    results = json.loads((tmp_path / "benchmarks.json").read_text())
+    assert [group["family"] for group in results["groups"]] == ["import"]
+    assert "<svg" in (tmp_path / "benchmarks.html").read_text()
+    assert "import vlmo_fast" in done.stdout
+    for step in ("install", "build", "tests", "sanitizer", "benchmarks"):
+        assert (tmp_path / f"{step}.log").exists()
+    assert {path.name for path in ROOT.iterdir()} == before
