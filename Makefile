@@ -23,7 +23,7 @@ PYTHON_VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_
 INSTALLED := $(VENV)/installed-$(PYTHON_VERSION)-$(shell printf '%s' '$(TORCH)' | cksum | cut -d ' ' -f 1)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-slow check format bench clean distclean
+.PHONY: help venv extensions demo test test-slow check format bench clean distclean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -32,6 +32,9 @@ help: ## show this list
 	@echo "  what is installed: see the head of the Makefile."
 
 venv: $(INSTALLED) ## make .venv with everything that the other targets need
+
+extensions: $(INSTALLED) ## compile csrc/: the CPU library, and the CUDA library where nvcc is
+	$(BIN)/python -m vlmo_fast build $(ARGS)
 
 demo: $(INSTALLED) ## train a small model on this machine and write a report
 	$(BIN)/python -m vlmo_fast demo $(ARGS)
@@ -82,5 +85,6 @@ ifneq ($(TORCH_INDEX_URL),)
 endif
 	$(PIP) install -c $(VENV)/constraints.txt setuptools wheel '$(TORCH)'
 	$(PIP) install -c $(VENV)/constraints.txt --no-build-isolation -e '.[dev]'
+	$(BIN)/python -m vlmo_fast build cpu --optional
 	@printf '%s\n' 'PYTHON ?= $(BASE_PYTHON)' 'TORCH ?= $(TORCH)' > $(VENV)/settings.mk
 	@touch $@

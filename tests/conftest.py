@@ -4,6 +4,7 @@ import os
 import random
 import shutil
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 # NumPy's own thread pool and torch's fight over the cores; the oracle's matrices are small. Before NumPy is imported.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
@@ -51,17 +52,29 @@ def nan_filled_empty() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.fixture(scope="session")
+def cpu_extension() -> Path:
+    """The CPU library of `csrc/`, built first where it is not up to date; without g++ as in `require_tool`."""
+    from vlmo_fast import build, extensions
+
+    if not extensions.is_built("cpu"):
+        _require("g++")
+        build.build("cpu")
+    return extensions.library("cpu")
+
+
 @pytest.fixture
 def require_tool() -> Callable[[str], str]:
     """`require_tool("nvcc")` gives the tool's path; without the tool the test is skipped, but fails under CI."""
 
-    def require(name: str) -> str:
-        path = shutil.which(name)
-        if path is None:
-            message = f"{name} is not on PATH"
-            if os.environ.get("CI"):
-                pytest.fail(f"{message}; CI must have it")
-            pytest.skip(message)
-        return path
+    return _require
 
-    return require
+
+def _require(name: str) -> str:
+    path = shutil.which(name)
+    if path is None:
+        message = f"{name} is not on PATH"
+        if os.environ.get("CI"):
+            pytest.fail(f"{message}; CI must have it")
+        pytest.skip(message)
+    return path

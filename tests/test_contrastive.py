@@ -15,9 +15,11 @@ from torch.nn import functional as F
 from vlmo_fast import ops
 from vlmo_fast.ops import _contrastive, _similarity, reference
 
-IMPLEMENTATIONS = ["chunked"]
+IMPLEMENTATIONS = ["chunked", "cpu"]
 
 each_implementation = pytest.mark.parametrize("backend", IMPLEMENTATIONS)
+
+pytestmark = pytest.mark.usefixtures("cpu_extension")
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ class _Command(NamedTuple):
 
 
 _COMMANDS = {
+    "build": _Command("vlmo_fast.build", "compile the C++ and CUDA extensions against the torch that is installed"),
     "convert": _Command(
         "vlmo_fast.convert", "make a folder for from_pretrained from a released VLMo or a BEiT, or back"
     ),

@@ -320,10 +320,6 @@ def _exclude_loss(
 # vlmo_fast::contrastive_lse: the op under the log-sum-exps
 
 
-def _epilogue(implementation: str) -> _similarity.Epilogue:
-    return _similarity.TorchEpilogue()
-
-
 @torch.library.custom_op("vlmo_fast::contrastive_lse", mutates_args=())
 def _contrastive_lse(
     rows: Tensor,
@@ -336,7 +332,7 @@ def _contrastive_lse(
     implementation: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     excluded = Excluded(row_ids, column_ids, diagonal)
-    return _similarity.forward(rows, columns, logit_scale, excluded, kept_rows, _epilogue(implementation))
+    return _similarity.forward(rows, columns, logit_scale, excluded, kept_rows, _similarity.epilogue(implementation))
 
 
 @_contrastive_lse.register_fake
@@ -382,7 +378,7 @@ def _contrastive_lse_backward(
         (row_lse, row_weight),
         (column_lse, column_weight),
         kept,
-        _epilogue(implementation),
+        _similarity.epilogue(implementation),
     )
 
 

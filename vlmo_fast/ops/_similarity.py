@@ -17,6 +17,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from vlmo_fast import extensions
+
 __all__ = [
     "CHUNK_BYTES",
     "Excluded",
@@ -45,6 +47,12 @@ class Excluded(NamedTuple):
     row_ids: Tensor | None = None
     column_ids: Tensor | None = None
     diagonal: int | None = None
+
+    def of_block(self, start: int, num_rows: int) -> Excluded:
+        """The same for a block that begins at row `start`, in contiguous tensors."""
+        row_ids = None if self.row_ids is None else self.row_ids[start : start + num_rows].contiguous()
+        column_ids = None if self.column_ids is None else self.column_ids.contiguous()
+        return Excluded(row_ids, column_ids, None if self.diagonal is None else start + self.diagonal)
 
     def apply(self, block: Tensor, start: int) -> Tensor:
         """Write -inf in place into a block of S that begins at row `start`."""
@@ -175,6 +183,53 @@ class TorchEpilogue:
         torch.sub(block, row_lse[:, None], out=out).exp_().mul_(row_weight[:, None]).add_(of_columns)
 
 
+# Writes -inf into `block` where excluded and the rows' log-sum-exp into `row_lse`; joins `column_top`, `column_total`.
+torch.library.define(
+    "vlmo_fast::similarity_sums_",
+    "(Tensor(a!) block, Tensor? row_ids, Tensor? column_ids, int? diagonal, Tensor(b!) row_lse, Tensor(c!) column_top, "
+    "Tensor(d!) column_total) -> ()",
+)
+torch.library.define(
+    "vlmo_fast::similarity_gradient_",
+    "(Tensor block, Tensor(a!) out, Tensor? row_ids, Tensor? column_ids, int? diagonal, Tensor row_lse, "
+    "Tensor row_weight, Tensor column_lse, Tensor column_weight) -> ()",
+)
+
+
+class CompiledEpilogue:
+    """The epilogue in `csrc/`: one sweep over a float32 block for the sums, one for the gradient."""
+
+    def __init__(self, extension: str) -> None:
+        extensions.load(extension)
+
+    def sums(
+        self, block: Tensor, start: int, excluded: Excluded, row_lse: Tensor, column: tuple[Tensor, Tensor]
+    ) -> None:
+        """See `Epilogue`."""
+        torch.ops.vlmo_fast.similarity_sums_(block, *excluded.of_block(start, len(block)), row_lse, *column)
+
+    def gradient(
+        self,
+        block: Tensor,
+        out: Tensor,
+        start: int,
+        excluded: Excluded,
+        row: tuple[Tensor, Tensor],
+        column: tuple[Tensor, Tensor],
+    ) -> None:
+        """See `Epilogue`."""
+        torch.ops.vlmo_fast.similarity_gradient_(block, out, *excluded.of_block(start, len(block)), *row, *column)
+
+
+def epilogue(implementation: str) -> Epilogue:
+    """The epilogue of an implementation of the one door.
+
+    Raises:
+        ImportError: its extension is not built; names the build command.
+    """
+    return TorchEpilogue() if implementation == "chunked" else CompiledEpilogue(implementation)
+
+
 def _shifted(block: Tensor, dim: int) -> tuple[Tensor, Tensor]:
     """The maximum along `dim`, and the block less it (less 0 where it is -inf)."""
     peak = block.amax(dim)
@@ -187,7 +242,7 @@ def _rescale(old: Tensor, new: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def forward(
-    rows: Tensor, columns: Tensor, logit_scale: Tensor, excluded: Excluded, kept_rows: int, epilogue: Epilogue
+    rows: Tensor, columns: Tensor, logit_scale: Tensor, excluded: Excluded, kept_rows: int, between: Epilogue
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Row and column log-sum-exp of S, and the first `kept_rows` of S itself for the backward pass.
 
@@ -197,7 +252,7 @@ def forward(
         logit_scale: 0-d, float32 at least.
         excluded: elements that do not count.
         kept_rows: rows of S to keep.
-        epilogue: the implementation.
+        between: the implementation's part.
 
     Returns:
         (N,) and (M,), `precise`, -inf where all is excluded; and (kept_rows, M), float32 at least.
@@ -211,7 +266,7 @@ def forward(
     block = None
     for part in blocks(len(rows), len(columns), rows):
         block = _block(rows[part], columns, logit_scale, kept[part] if part.stop <= kept_rows else None, block)
-        epilogue.sums(block, part.start, excluded, row_lse[part], (top, total))
+        between.sums(block, part.start, excluded, row_lse[part], (top, total))
         if part.start < kept_rows < part.stop:
             kept[part.start :].copy_(block[: kept_rows - part.start])
         elif part.stop <= kept_rows:
@@ -237,7 +292,7 @@ def backward(
     row: tuple[Tensor, Tensor],
     column: tuple[Tensor, Tensor],
     kept: Tensor,
-    epilogue: Epilogue,
+    between: Epilogue,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of sum(row_weight * row_lse) + sum(column_weight * column_lse).
 
@@ -249,7 +304,7 @@ def backward(
         row: log-sum-exp, `precise`, and weight, (N,) each.
         column: log-sum-exp, `precise`, and weight, (M,) each.
         kept: the first rows of S, (kept_rows, M).
-        epilogue: the implementation.
+        between: the implementation's part.
 
     Returns:
         (N, D) and (M, D) in the inputs' dtype, and the 0-d gradient of the scale, float32 at least.
@@ -270,7 +325,7 @@ def backward(
             block = block[: len(source)]
         else:
             source = block = _block(rows[part], columns, logit_scale, None, block)
-        epilogue.gradient(source, block, part.start, excluded, (row[0][part], row[1][part]), column)
+        between.gradient(source, block, part.start, excluded, (row[0][part], row[1][part]), column)
         if half:
             low = block.to(rows.dtype)
             d_rows[part] = matmul(low, columns)

@@ -14,6 +14,8 @@ from typing import NamedTuple
 
 import torch
 
+from vlmo_fast import extensions
+
 __all__ = ["Choice", "Problem", "explain", "implementations", "select", "triton_interprets"]
 
 
@@ -52,6 +54,7 @@ class _Implementation(NamedTuple):
     name: str
     accepts: Callable[[Problem], tuple[bool, str]]
     automatic: Callable[[Problem], bool] = lambda problem: True
+    extension: str | None = None  # of `csrc/`, which it needs
 
 
 def triton_interprets() -> bool:
@@ -71,10 +74,26 @@ def _takes_xformers(problem: Problem) -> tuple[bool, str]:
     return True, "xformers' memory-efficient attention"
 
 
-_SIMILARITY = (
-    _Implementation("chunked", _everywhere("blocks of rows: torch's matmuls, memory linear in N")),
-    _Implementation("eager", _everywhere("the reference: stores the N x N logits")),
-)
+_CHUNKED = _Implementation("chunked", _everywhere("blocks of rows: torch's matmuls, memory linear in N"))
+_STORED = _Implementation("eager", _everywhere("the reference: stores the N x N logits"))
+
+
+def _cpu_extension(problem: Problem) -> tuple[bool, str]:
+    if problem.device != "cpu":
+        return False, "the cpu extension runs on a CPU"
+    if problem.dtype == torch.float64:
+        return False, "the cpu extension computes in float32"
+    if not _is_built("cpu"):
+        return False, f"the cpu extension is not built; to build it: {extensions.build_command('cpu')}"
+    return True, "blocks of rows: torch's matmuls, and between them one sweep in C++"
+
+
+@torch.compiler.assume_constant_result
+def _is_built(name: str) -> bool:
+    return extensions.is_built(name)
+
+
+_LOG_SUM_EXP = (_Implementation("cpu", _cpu_extension, extension="cpu"), _CHUNKED, _STORED)
 
 # In order of preference: "auto" takes the first that accepts the problem and is `automatic` there.
 _IMPLEMENTATIONS: dict[str, tuple[_Implementation, ...]] = {
@@ -100,11 +119,11 @@ _IMPLEMENTATIONS: dict[str, tuple[_Implementation, ...]] = {
         _Implementation("torch", _everywhere("matrix products group by group, nothing concatenated; no GELU saved")),
         _Implementation("eager", _everywhere("the reference: a loop over the experts")),
     ),
-    "contrastive_loss": _SIMILARITY,
-    "contrastive_lse": _SIMILARITY,
-    "sample_hard_negatives": _SIMILARITY,
-    "retrieval_ranks": _SIMILARITY,
-    "similarity_topk": _SIMILARITY,
+    "contrastive_loss": _LOG_SUM_EXP,
+    "contrastive_lse": _LOG_SUM_EXP,
+    "sample_hard_negatives": (_CHUNKED, _STORED),
+    "retrieval_ranks": (_CHUNKED, _STORED),
+    "similarity_topk": (_CHUNKED, _STORED),
 }
 
 
@@ -124,6 +143,7 @@ def select(op: str, problem: Problem, backend: str = "auto") -> str:
     Raises:
         ValueError: the op has no implementation of that name.
         NotImplementedError: the implementation asked for cannot run this problem; names those that can.
+        ImportError: the implementation asked for needs an extension that is not built; names the build command.
     """
     candidates = _IMPLEMENTATIONS[op]
     if backend == "auto":
@@ -136,6 +156,11 @@ def select(op: str, problem: Problem, backend: str = "auto") -> str:
             accepted, reason = candidate.accepts(problem)
             if accepted:
                 return backend
+            if candidate.extension and not _is_built(candidate.extension):
+                raise ImportError(
+                    f"{op}: backend {backend!r} must be built first, got no {candidate.extension} extension; "
+                    f"to build it: {extensions.build_command(candidate.extension)}"
+                )
             able = [other.name for other in candidates if other.accepts(problem)[0]]
             raise NotImplementedError(f"{op}: backend {backend!r} cannot run here ({reason}); these can: {able}")
     raise ValueError(f"{op}: backend must be 'auto' or one of {list(implementations(op))}, got {backend!r}")

@@ -1,0 +1,231 @@
+"""The compiled extensions: how they are built, found and refused, and their kernels on every instruction set."""
+
+import ctypes
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from vlmo_fast import build, extensions, ops
+from vlmo_fast.ops import _similarity
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+class Compiled:
+    """The C functions of the CPU library that are not ops."""
+
+    def __init__(self) -> None:
+        library = ctypes.CDLL(str(extensions.library("cpu")))
+        library.vlmo_fast_cpu_capability.restype = ctypes.c_char_p
+        library.vlmo_fast_cpu_use.restype = ctypes.c_bool
+        self.library = library
+
+    @property
+    def capability(self) -> str:
+        return str(self.library.vlmo_fast_cpu_capability().decode())
+
+    def use(self, name: str) -> bool:
+        return bool(self.library.vlmo_fast_cpu_use(name.encode()))
+
+
+@pytest.fixture
+def compiled(cpu_extension: Path) -> Iterator[Compiled]:
+    extensions.load("cpu")
+    library = Compiled()
+    best = library.capability
+    yield library
+    assert library.use(best)
+
+
+def finite(lse: Tensor) -> Tensor:
+    return lse.masked_fill(lse == -torch.inf, 0.0).float()
+
+
+def on_both(block: Tensor, excluded: _similarity.Excluded, start: int) -> list[tuple[Tensor, ...]]:
+    """(row lse, column maxima, column sums, G) of the torch epilogue and of the compiled one, over two blocks."""
+    rows, columns = block.shape
+    half = rows // 2
+    results = []
+    for epilogue in (_similarity.TorchEpilogue(), _similarity.CompiledEpilogue("cpu")):
+        copy = block.clone()
+        row_lse = torch.empty(rows, dtype=torch.float64)
+        column = torch.full((columns,), -torch.inf), torch.zeros(columns, dtype=torch.float64)
+        for part in (slice(0, half), slice(half, rows)):
+            epilogue.sums(copy[part], start + part.start, excluded, row_lse[part], column)
+        column_lse = column[0] + column[1].log()
+        out = torch.full_like(block, torch.nan)
+        generator = torch.Generator().manual_seed(1)
+        row = finite(row_lse), torch.rand(rows, generator=generator)
+        other = finite(column_lse), torch.rand(columns, generator=generator)
+        epilogue.gradient(block, out, start, excluded, row, other)
+        results.append((row_lse, column_lse, out))
+    return results
+
+
+@pytest.mark.parametrize("capability", ["baseline", "avx2", "avx512"])
+def test_kernels_on_every_instruction_set(capability: str, compiled: Compiled) -> None:
+    """Ragged panels and tiles; logits from tiny to 300; each kind of exclusion; a row and a column left out whole."""
+    if not compiled.use(capability):
+        pytest.skip(f"this CPU has no {capability}")
+    assert compiled.capability == capability
+    for rows, columns, scale in ((3, 5, 1.0), (130, 513, 20.0), (300, 1100, 100.0)):
+        block = torch.randn(rows, columns) * scale
+        ids = torch.randint(0, 9, (rows + 10,)), torch.randint(0, 9, (columns,))
+        whole = torch.zeros(rows + 10, dtype=torch.int64), torch.zeros(columns, dtype=torch.int64)
+        for excluded, start in (
+            (_similarity.Excluded(), 0),
+            (_similarity.Excluded(diagonal=-3), 7),
+            (_similarity.Excluded(*ids), 7),
+            (_similarity.Excluded(*whole), 0),
+        ):
+            wanted, ours = on_both(block, excluded, start)
+            for a, b in zip(ours, wanted, strict=True):
+                # a logit of size s is rounded to s * 2^-24, which moves an exponential by as much; 10 for the sums
+                torch.testing.assert_close(a, b, rtol=10 * 2**-24 * max(1.0, 4 * scale), atol=1e-9)
+
+
+def test_the_best_instruction_set_is_chosen(compiled: Compiled) -> None:
+    """The order of preference is the order of torch's own capabilities."""
+    name = torch.backends.cpu.get_cpu_capability().lower()
+    assert compiled.capability == {"avx512": "avx512", "avx2": "avx2"}.get(name, "baseline")
+    assert not compiled.use("no such set")
+
+
+@pytest.mark.usefixtures("cpu_extension")
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_kernels_pass_on_what_is_not_finite(value: float) -> None:
+    block = torch.randn(130, 600)
+    block[77, 555] = value
+    _, (row_lse, column_lse, out) = on_both(block, _similarity.Excluded(), 0)
+    assert row_lse.isnan().nonzero().tolist() == [[77]]
+    assert column_lse.isnan().nonzero().tolist() == [[555]]
+    assert out[77].isnan().all()
+    assert out[:, 555].isnan().all()
+
+
+@pytest.mark.usefixtures("cpu_extension")
+def test_threads_do_not_change_a_bit() -> None:
+    image, text = (torch.nn.functional.normalize(torch.randn(1500, 16), dim=-1) for _ in range(2))
+    block = (20 * image @ text.t()).contiguous()
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append(on_both(block, _similarity.Excluded(diagonal=0), 0)[1])
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+# The door
+
+
+@pytest.mark.usefixtures("cpu_extension")
+def test_chosen_where_it_is_built() -> None:
+    for op in ("contrastive_loss", "contrastive_lse"):
+        assert ops.select(op, ops.Problem("cpu", torch.float32)) == "cpu"
+        assert ops.select(op, ops.Problem("cpu", torch.bfloat16)) == "cpu"
+        assert ops.select(op, ops.Problem("cpu", torch.float64)) == "chunked"
+        assert ops.select(op, ops.Problem("mps", torch.float32)) == "chunked"
+        with pytest.raises(
+            NotImplementedError, match=rf"{op}: backend 'cpu' cannot run here \(.* computes in float32\)"
+        ):
+            ops.select(op, ops.Problem("cpu", torch.float64), "cpu")
+
+
+def test_missing_extension_names_its_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(extensions, "library", lambda name: tmp_path / "none.so")
+    assert ops.select("contrastive_loss", ops.Problem("cpu", torch.float32)) == "chunked"
+    command = r"to build it: \S+ -m vlmo_fast build cpu"
+    with pytest.raises(ImportError, match=rf"^contrastive_loss: backend 'cpu' must be built first.*{command}"):
+        ops.contrastive_loss(torch.ones(2, 3), torch.ones(2, 3), torch.tensor(1.0), backend="cpu")
+    extensions.load.cache_clear()
+    with pytest.raises(ImportError, match=rf"the cpu extension is not built; {command}"):
+        extensions.load("cpu")
+    (tmp_path / "none.so").write_text("no library")
+    with pytest.raises(
+        ImportError, match=rf"the cpu extension does not load .*{command.replace('it', 'it anew')} --force"
+    ):
+        extensions.load("cpu")
+    extensions.load.cache_clear()
+
+
+def test_a_library_of_other_sources_does_not_count(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A changed byte in `csrc/` gives the library another name."""
+    folder = tmp_path / "csrc" / "cpu"
+    folder.mkdir(parents=True)
+    monkeypatch.setattr(extensions, "PACKAGE", tmp_path)
+    names = []
+    for text in ("one", "two", "one"):
+        (folder / "a.cpp").write_text(text)
+        extensions.library.cache_clear()
+        names.append(extensions.library("cpu").name)
+    extensions.library.cache_clear()
+    assert names[0] == names[2] != names[1]
+
+
+# vlmo-fast build
+
+
+def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    import os
+
+    return subprocess.run(
+        [sys.executable, "-m", "vlmo_fast", "build", *arguments],
+        cwd=ROOT,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.mark.usefixtures("cpu_extension")
+def test_build_leaves_alone_what_is_up_to_date() -> None:
+    before = extensions.library("cpu").stat().st_mtime_ns
+    done = run("cpu")
+    assert done.returncode == 0
+    assert done.stdout.strip() == f"vlmo-fast build: {extensions.library('cpu')}"
+    assert extensions.library("cpu").stat().st_mtime_ns == before
+
+
+def test_build_from_nothing(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, require_tool: Callable[[str], str]
+) -> None:
+    """In another folder, so that the libraries in use stay what they are; then with a compiler that fails."""
+    require_tool("g++")
+    monkeypatch.setattr(extensions, "FOLDER", tmp_path / "_lib")
+    extensions.library.cache_clear()
+    try:
+        path = build.build("cpu", jobs=1)
+        assert path.parent == tmp_path / "_lib"
+        symbols = subprocess.run(["nm", "-D", "--defined-only", path], capture_output=True, text=True).stdout
+        ours = [line.split()[-1] for line in symbols.splitlines() if "vlmo" in line]
+        assert sorted(ours) == ["vlmo_fast_cpu_capability", "vlmo_fast_cpu_use"]
+        libraries = subprocess.run(["readelf", "-d", path], capture_output=True, text=True).stdout
+        assert "libtorch_python" not in libraries  # one library for every Python
+        monkeypatch.setenv("CXX", "false")
+        with pytest.raises(build.BuildError, match="the cpu extension did not compile"):
+            build.build("cpu", force=True)
+    finally:
+        extensions.library.cache_clear()
+
+
+def test_build_says_what_is_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    done = run("gpu")
+    assert done.returncode == 2
+    assert "NAME must be one of cpu, cuda, got gpu" in done.stderr
+    monkeypatch.setattr(extensions, "FOLDER", tmp_path)
+    extensions.library.cache_clear()
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(build.BuildError, match="no-such-compiler is missing; `vlmo-fast doctor` says how"):
+        build.build("cpu")
+    assert build.main(["cpu"]) == 1
+    assert build.main(["cpu", "--optional"]) == 0
+    extensions.library.cache_clear()

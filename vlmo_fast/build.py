@@ -1,0 +1,178 @@
+"""`vlmo-fast build`: compiles the libraries of `csrc/` with ninja, against the torch that is installed.
+
+Needs g++ (or what CXX names) and, for CUDA, nvcc; no GPU. Nothing else of vlmo_fast compiles anything.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import NamedTuple
+
+from vlmo_fast import extensions
+
+__all__ = ["BuildError", "build", "main"]
+
+STABLE_ABI = ("-DTORCH_TARGET_VERSION=0x020a000000000000",)  # torch 2.10: the library runs with all later ones
+
+
+class BuildError(RuntimeError):
+    """A tool is missing or a compiler failed; the message says which and what to do."""
+
+
+class _Object(NamedTuple):
+    """One compilation: a source file, the object's name, and flags beyond those that all share."""
+
+    source: Path
+    name: str
+    flags: tuple[str, ...]
+    rule: str = "cxx"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Builds what the command line names; the exit status is 1 where that fails."""
+    parser = argparse.ArgumentParser(
+        prog="vlmo-fast build",
+        description="Compile the extensions against the torch that is installed. What is up to date is left alone.",
+    )
+    parser.add_argument(
+        "names", nargs="*", metavar="NAME", help="cpu or cuda; without a name, cpu, and cuda if nvcc is here"
+    )
+    parser.add_argument("--jobs", type=int, help="compilations at a time (default: MAX_JOBS, or ninja's choice)")
+    parser.add_argument("--force", action="store_true", help="build even what is up to date")
+    parser.add_argument("--optional", action="store_true", help="where it cannot be built, say so and succeed")
+    args = parser.parse_args(argv)
+    unknown = [name for name in args.names if name not in extensions.NAMES]
+    if unknown:
+        parser.error(f"NAME must be one of {', '.join(extensions.NAMES)}, got {unknown[0]}")
+    names = args.names or [name for name in extensions.NAMES if name == "cpu" or _nvcc(required=False)]
+    try:
+        for name in names:
+            print(f"vlmo-fast build: {build(name, jobs=args.jobs, force=args.force)}")
+    except BuildError as error:
+        print(f"vlmo-fast build: {error}", file=sys.stderr)
+        return 0 if args.optional else 1
+    return 0
+
+
+def build(name: str, *, jobs: int | None = None, force: bool = False) -> Path:
+    """Compile one library.
+
+    Args:
+        name: "cpu" or "cuda".
+        jobs: compilations at a time; None means MAX_JOBS, or ninja's own choice.
+        force: build even what is up to date.
+
+    Returns:
+        The library.
+
+    Raises:
+        BuildError: a tool is missing, or a compiler failed.
+    """
+    target = extensions.library(name)
+    if target.is_file() and not force:
+        return target
+    ninja = shutil.which("ninja", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]))
+    if ninja is None:
+        raise BuildError("ninja is missing; to install it: " + f"{sys.executable} -m pip install ninja")
+    if find_spec("torch") is None:
+        raise BuildError("torch is missing; extensions are built against the torch that is installed")
+    folder = extensions.FOLDER / f"build-{name}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BuildError(f"{extensions.FOLDER} cannot be written ({error.strerror})") from error
+    rules = _cpu() if name == "cpu" else _cuda()
+    unfinished = folder / target.name
+    (folder / "build.ninja").write_text(_ninja_file(rules, unfinished))
+    jobs = jobs or int(os.environ.get("MAX_JOBS", "0"))
+    command = [ninja, "-C", str(folder), *(["-j", str(jobs)] if jobs else []), unfinished.name]
+    if force:
+        subprocess.run([ninja, "-C", str(folder), "-t", "clean"], capture_output=True, check=False)
+    done = subprocess.run(command, text=True, capture_output=True, check=False)
+    (folder / "log.txt").write_text(done.stdout + done.stderr)
+    if done.returncode:
+        raise BuildError(f"the {name} extension did not compile:\n{done.stdout[-6000:]}{done.stderr[-2000:]}")
+    for old in extensions.FOLDER.glob(f"vlmo_fast_{name}-*.so"):
+        old.unlink()
+    unfinished.replace(target)  # in one step: a process that loads it never sees half of it
+    return target
+
+
+class _Rules(NamedTuple):
+    cxx: str  # commands, with $flags, $in and $out
+    nvcc: str | None
+    link: str
+    objects: list[_Object]
+
+
+def _cpu() -> _Rules:
+    compiler = os.environ.get("CXX", "g++")
+    if shutil.which(compiler) is None:
+        raise BuildError(f"{compiler} is missing; `vlmo-fast doctor` says how to install a C++ compiler")
+    folder = extensions.PACKAGE / "csrc" / "cpu"
+    kernels = folder / "similarity_kernels.cpp"
+    objects = [
+        _Object(folder / "similarity.cpp", "similarity.o", STABLE_ABI),
+        _Object(kernels, "baseline.o", ("-DVLMO_FAST_KERNELS=kBaseline",)),
+    ]
+    if platform.machine().lower() in ("x86_64", "amd64"):
+        avx512 = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mprefer-vector-width=512")
+        objects += [
+            _Object(kernels, "avx2.o", ("-DVLMO_FAST_KERNELS=kAvx2", "-mavx2", "-mfma")),
+            _Object(kernels, "avx512.o", ("-DVLMO_FAST_KERNELS=kAvx512", *avx512)),
+        ]
+    flags = "-std=c++20 -O3 -fPIC -fvisibility=hidden -fno-math-errno -fno-trapping-math -fopenmp-simd -Wall -Wextra"
+    torch = _torch()
+    return _Rules(
+        cxx=f"{compiler} {flags} -isystem {_quote(torch / 'include')} $flags -MD -MF $out.d -c $in -o $out",
+        nvcc=None,
+        link=f"{compiler} -shared $in -L{_quote(torch / 'lib')} -ltorch -ltorch_cpu -lc10 -o $out",
+        objects=objects,
+    )
+
+
+def _cuda() -> _Rules:
+    raise BuildError("the cuda extension has no sources yet")
+
+
+def _nvcc(required: bool = True) -> str | None:
+    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
+    path = shutil.which("nvcc") or shutil.which("nvcc", path=str(Path(home) / "bin"))
+    if path is None and required:
+        raise BuildError("nvcc is missing; `vlmo-fast doctor` says how to install the CUDA toolkit")
+    return path
+
+
+def _torch() -> Path:
+    spec = find_spec("torch")
+    assert spec is not None and spec.origin is not None
+    return Path(spec.origin).parent
+
+
+def _quote(path: Path | str) -> str:
+    return '"' + str(path) + '"'
+
+
+def _escape(path: Path | str) -> str:
+    return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
+
+
+def _ninja_file(rules: _Rules, target: Path) -> str:
+    lines = [f"rule cxx\n  command = {rules.cxx}\n  depfile = $out.d\n  deps = gcc"]
+    if rules.nvcc:
+        lines.append(f"rule nvcc\n  command = {rules.nvcc}\n  depfile = $out.d\n  deps = gcc")
+    lines.append(f"rule link\n  command = {rules.link}")
+    lines += [
+        f"build {item.name}: {item.rule} {_escape(item.source)}\n  flags = {' '.join(item.flags)}"
+        for item in rules.objects
+    ]
+    lines.append(f"build {_escape(target.name)}: link {' '.join(item.name for item in rules.objects)}")
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,60 @@
+"""The compiled libraries of `csrc/`: where they lie, whether they are built, how they are loaded.
+
+A library's name holds a digest of its sources, so one that was built from other sources counts as not built.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from functools import cache
+from pathlib import Path
+
+__all__ = ["NAMES", "build_command", "is_built", "library", "load", "sources"]
+
+NAMES = ("cpu", "cuda")
+PACKAGE = Path(__file__).resolve().parent
+FOLDER = PACKAGE / "_lib"
+
+
+def sources(name: str) -> list[Path]:
+    """The files of `csrc/` that make up the library, headers included."""
+    return sorted(path for path in (PACKAGE / "csrc" / name).rglob("*") if path.suffix in (".h", ".cpp", ".cuh", ".cu"))
+
+
+@cache
+def library(name: str) -> Path:
+    """Where `vlmo-fast build` puts the library, whether or not it is there."""
+    digest = hashlib.sha256()
+    for path in sources(name):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    return FOLDER / f"vlmo_fast_{name}-{digest.hexdigest()[:12]}.so"
+
+
+def is_built(name: str) -> bool:
+    """Whether the library is there."""
+    return library(name).is_file()
+
+
+def build_command(name: str) -> str:
+    """The command that builds the library."""
+    return f"{sys.executable} -m vlmo_fast build {name}"
+
+
+@cache
+def load(name: str) -> None:
+    """Load the library, which registers its kernels.
+
+    Raises:
+        ImportError: it is not built, or does not fit this torch; names the build command.
+    """
+    import torch
+
+    if not is_built(name):
+        raise ImportError(f"vlmo_fast: the {name} extension is not built; to build it: {build_command(name)}")
+    try:
+        torch.ops.load_library(library(name))
+    except OSError as error:
+        raise ImportError(
+            f"vlmo_fast: the {name} extension does not load ({error}); to build it anew: {build_command(name)} --force"
+        ) from error
