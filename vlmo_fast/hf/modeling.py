@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +19,12 @@ from transformers.modeling_outputs import (
 from transformers.utils import can_return_tuple
 
 from vlmo_fast import losses, ops
+from vlmo_fast.distributed import fetch_samples
 from vlmo_fast.hf.configuration import VLMoConfig
 from vlmo_fast.model import IMAGE_TYPE, MoMETransformer
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 __all__ = [
     "VLMoForImageClassification",
@@ -305,6 +309,7 @@ class VLMoForPreTraining(_DualEncoder):
         negative_image_ids: Tensor | None = None,
         negative_text_ids: Tensor | None = None,
         interpolate_pos_encoding: bool = False,
+        process_group: ProcessGroup | None = None,
     ) -> VLMoPreTrainingOutput:
         """One pre-training step on B matching pairs.
 
@@ -317,6 +322,9 @@ class VLMoForPreTraining(_DualEncoder):
             negative_image_ids: (B,) for each text an image that is not its own; None draws it from the similarities.
             negative_text_ids: (B,) for each image a text that is not its own; None draws it from the similarities.
             interpolate_pos_encoding: accept images of another size.
+            process_group: of `torch.distributed`; contrast and negatives are then those of the batch of all its ranks
+                (texts padded alike), negative ids count its pairs, and only the samples drawn travel. The embeddings'
+                gradients are right where a wrapper averages them over the ranks, as DDP does.
 
         Returns:
             `VLMoPreTrainingOutput`.
@@ -324,7 +332,7 @@ class VLMoForPreTraining(_DualEncoder):
         Raises:
             ValueError: fewer than two pairs, or only one of two arguments that belong together.
         """
-        if len(input_ids) < 2:
+        if len(input_ids) < 2 and process_group is None:
             self._fail("input_ids", "hold at least 2 pairs (each is the others' negative)", len(input_ids))
         if (input_ids_masked is None) != (mlm_labels is None):
             self._fail("input_ids_masked and mlm_labels", "come together", "one of them")
@@ -339,20 +347,23 @@ class VLMoForPreTraining(_DualEncoder):
         )
         text = self.backbone(input_ids, attention_mask, use_vl_branch=use_vl_branch, cls_only=True)
         scale = self.logit_scale.exp()
-        itc_loss = ops.contrastive_loss(image.image_embeds, text.text_embeds, scale)
+        itc_loss = ops.contrastive_loss(image.image_embeds, text.text_embeds, scale, process_group=process_group)
         if use_vl_branch:
             vl_scale = self.vl_logit_scale.exp()
-            itc_loss = (itc_loss + ops.contrastive_loss(image.vl_image_embeds, text.vl_text_embeds, vl_scale)) / 2
+            vl_loss = ops.contrastive_loss(
+                image.vl_image_embeds, text.vl_text_embeds, vl_scale, process_group=process_group
+            )
+            itc_loss = (itc_loss + vl_loss) / 2
 
         if negative_image_ids is None or negative_text_ids is None:
             negative_image_ids, negative_text_ids = ops.sample_hard_negatives(
-                image.image_embeds, text.text_embeds, scale
+                image.image_embeds, text.text_embeds, scale, process_group=process_group
             )
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         pairs = self.backbone(
-            torch.cat([input_ids, input_ids, input_ids[negative_text_ids]]),
-            torch.cat([mask, mask, mask[negative_text_ids]]),
-            torch.cat([pixel_values, pixel_values[negative_image_ids], pixel_values]),
+            torch.cat([input_ids, input_ids, fetch_samples(input_ids, negative_text_ids, process_group)]),
+            torch.cat([mask, mask, fetch_samples(mask, negative_text_ids, process_group)]),
+            torch.cat([pixel_values, fetch_samples(pixel_values, negative_image_ids, process_group), pixel_values]),
             interpolate_pos_encoding=interpolate_pos_encoding,
             cls_only=True,
         )

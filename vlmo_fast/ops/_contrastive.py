@@ -8,15 +8,19 @@ the same log-sum-exps serve the hard negatives.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from vlmo_fast.distributed import Ranks, gather, log_sum_exp, scale_gradient
 from vlmo_fast.ops import _similarity, reference
 from vlmo_fast.ops._similarity import Excluded
 from vlmo_fast.ops.dispatch import Problem, select
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 __all__ = ["ContrastiveLSE", "contrastive_loss", "contrastive_lse"]
 
@@ -41,6 +45,8 @@ def contrastive_loss(
     image_ids: Tensor | None = None,
     text_ids: Tensor | None = None,
     positives: str = "exclude",
+    process_group: ProcessGroup | None = None,
+    gradient: str = "exact",
     workspace_bytes: int = 0,
     backend: str = "auto",
 ) -> Tensor:
@@ -56,6 +62,12 @@ def contrastive_loss(
     and the loss the mean over rows plus the mean over columns, halved. A row without a positive is an error on a CPU
     and gives NaN elsewhere.
 
+    With a process group the batch is that of all its ranks, n pairs each: a rank's images against all texts, gathered,
+    and every rank returns the global loss. Backpropagated on each rank and *averaged* over them, as DDP does, the
+    parameters' gradients are those of the global loss on one device (`gradient="exact"`: the embeddings' gradients are
+    W times those of the loss). The released VLMo leaves the factor out, so that its encoders, though not its logit
+    scale, learn from 1/W of the gradient: `gradient="release"`, also the one to take where gradients are summed.
+
     Args:
         image_embeds: unit-norm embeddings, (N, P), any float dtype.
         text_embeds: unit-norm embeddings, (M, P); without ids, N = M and row i belongs to image i.
@@ -63,6 +75,8 @@ def contrastive_loss(
         image_ids: (N,) int64, what each image shows, or None.
         text_ids: (M,) int64, what each text describes; with `image_ids` or not at all.
         positives: "exclude" or "average", for a row with several positives. Without ids they are the same.
+        process_group: of `torch.distributed`, or None for this process's batch alone. The same N and M on every rank.
+        gradient: "exact" or "release", with a process group.
         workspace_bytes: memory that may hold similarities from the forward for the backward pass, which then need not
             be computed again: N M 4 bytes for all of them.
         backend: "auto", or the name of an implementation.
@@ -79,22 +93,24 @@ def contrastive_loss(
     _check(op, image_embeds, text_embeds, logit_scale, image_ids, text_ids)
     if positives not in ("exclude", "average"):
         raise ValueError(f"{op}: positives must be 'exclude' or 'average', got {positives!r}")
+    if gradient not in ("exact", "release"):
+        raise ValueError(f"{op}: gradient must be 'exact' or 'release', got {gradient!r}")
     _check_workspace(op, workspace_bytes)
-    if image_ids is not None and text_ids is not None:
+    ranks = Ranks.of(process_group)
+    if ranks.size == 1 and image_ids is not None and text_ids is not None:
         _check_positives(op, image_ids, text_ids)
-    implementation = select(op, _problem(image_embeds, text_embeds, image_ids), backend)
+    implementation = select(op, _problem(image_embeds, text_embeds, ranks), backend)
     with torch.autocast(image_embeds.device.type, enabled=False):
         if implementation == "eager":
             return reference.contrastive_loss(image_embeds, text_embeds, logit_scale, image_ids, text_ids, positives)
-        excluded = Excluded(diagonal=0) if image_ids is None else Excluded(image_ids, text_ids)
-        if positives == "average" and image_ids is not None:
-            excluded = Excluded()
-        lse = _lse(image_embeds, text_embeds, logit_scale, excluded, workspace_bytes, implementation)
-        if image_ids is None or text_ids is None:
-            return _diagonal_loss(image_embeds, text_embeds, logit_scale, lse)
-        if positives == "average":
-            return _average_loss(image_embeds, text_embeds, logit_scale, lse, image_ids, text_ids)
-        return _exclude_loss(image_embeds, text_embeds, logit_scale, lse, image_ids, text_ids)
+        if ranks.size > 1:
+            _check_sizes(op, image_embeds, text_embeds, ranks)
+            factor = ranks.size if gradient == "exact" else 1
+            image_embeds, text_embeds = (scale_gradient(embeds, factor) for embeds in (image_embeds, text_embeds))
+            logit_scale = scale_gradient(logit_scale, ranks.size)  # the release, too, computes all of its gradient
+        batch = _Batch(image_embeds, text_embeds, logit_scale, image_ids, text_ids, ranks)
+        loss = batch.loss(positives, workspace_bytes, implementation)
+        return loss if ranks.size == 1 else loss + (ranks.sum(loss) - loss).detach()
 
 
 def contrastive_lse(
@@ -137,7 +153,7 @@ def contrastive_lse(
     _check_workspace(op, workspace_bytes)
     if exclude_diagonal and image_ids is not None:
         raise ValueError(f"{op}: exclude_diagonal must be False together with ids, got True")
-    implementation = select(op, _problem(image_embeds, text_embeds, image_ids), backend)
+    implementation = select(op, _problem(image_embeds, text_embeds), backend)
     excluded = Excluded(image_ids, text_ids, 0 if exclude_diagonal else None)
     with torch.autocast(image_embeds.device.type, enabled=False):
         if implementation == "eager":
@@ -214,12 +230,19 @@ def _check_positives(op: str, image_ids: Tensor, text_ids: Tensor) -> None:
             raise ValueError(f"{op}: {name} must each have a {what} of the same id, got {ids[alone][0].item()} without")
 
 
-def _problem(image_embeds: Tensor, text_embeds: Tensor, image_ids: Tensor | None) -> Problem:
-    return Problem(
-        image_embeds.device.type,
-        image_embeds.dtype,
-        torch.is_grad_enabled() and (image_embeds.requires_grad or text_embeds.requires_grad),
-    )
+def _check_sizes(op: str, image_embeds: Tensor, text_embeds: Tensor, ranks: Ranks) -> None:
+    """Another N on another rank would hang or be read as something else; looked at where a look costs little."""
+    if image_embeds.device.type == "cpu":
+        sizes = gather(torch.tensor([[*image_embeds.shape, len(text_embeds)]]), ranks)
+        if not (sizes == sizes[0]).all():
+            raise ValueError(
+                f"{op}: image_embeds and text_embeds must have one size on all ranks, got {sizes.tolist()}"
+            )
+
+
+def _problem(image_embeds: Tensor, text_embeds: Tensor, ranks: Ranks = Ranks()) -> Problem:  # noqa: B008
+    needs_grad = torch.is_grad_enabled() and (image_embeds.requires_grad or text_embeds.requires_grad)
+    return Problem(image_embeds.device.type, image_embeds.dtype, needs_grad, num_ranks=ranks.size)
 
 
 # The loss from log-sum-exps
@@ -236,17 +259,6 @@ def _lse(
     scale = logit_scale.to(rows.device, dtype)
     row_lse, column_lse, _ = _contrastive_lse(rows, columns, scale, *excluded, kept_rows, implementation)
     return ContrastiveLSE(row_lse, column_lse)
-
-
-def _diagonal_loss(
-    image_embeds: Tensor, text_embeds: Tensor, logit_scale: Tensor, lse: ContrastiveLSE, diagonal: int = 0
-) -> Tensor:
-    """The loss where each image has its text and nothing else."""
-    dtype = _similarity.wide(image_embeds.dtype)
-    logits = logit_scale.to(dtype) * (image_embeds.to(dtype) * text_embeds.to(dtype)).sum(1)  # (N,) of the positives
-    # An infinite logit would give a loss of 0 or infinity; 0 * infinity is NaN.
-    terms = _softplus(lse.image_lse - logits) + _softplus(lse.text_lse - logits) + 0 * logits
-    return _or_nan(terms.mean() / 2).to(dtype)
 
 
 def _softplus(x: Tensor) -> Tensor:
@@ -272,49 +284,81 @@ def _matches(row_ids: Tensor, column_ids: Tensor) -> _Matches:
     return _Matches(order, start, end - start)
 
 
-def _average_loss(
-    image_embeds: Tensor,
-    text_embeds: Tensor,
-    logit_scale: Tensor,
-    lse: ContrastiveLSE,
-    image_ids: Tensor,
-    text_ids: Tensor,
-) -> Tensor:
-    """Mean log-probability over the positives; their logits enter linearly, so sums of embeddings by id are enough."""
-    dtype = _similarity.wide(image_embeds.dtype)
-    of_images, of_texts = _matches(image_ids, text_ids), _matches(text_ids, image_ids)
-    sorted_ids = text_ids[of_images.order]
-    group = torch.searchsorted(sorted_ids, text_ids)  # (M,) where a text's id first stands in the order
-    texts = text_embeds.to(dtype)
-    images_of_text = of_texts.length.to(dtype)[:, None]  # (M, 1)
-    sums = torch.zeros_like(texts).index_add(0, group, texts)  # (M, P), by group
-    shares = torch.zeros_like(texts).index_add(0, group, texts / images_of_text)
-    own = of_images.start.clamp(max=len(text_ids) - 1)
-    texts_of_image = of_images.length.to(dtype)[:, None]  # (N, 1)
-    mean = sums[own] / (texts_of_image * len(image_ids)) + shares[own] / len(text_ids)  # (N, P)
-    positives = logit_scale.to(dtype) * (image_embeds.to(dtype) * mean).sum()
-    loss = (lse.image_lse.mean() + lse.text_lse.mean() - positives) / 2
-    alone = (texts_of_image == 0).any() | (images_of_text == 0).any()
-    return _or_nan(loss.masked_fill(alone, torch.nan)).to(dtype)
+class _Batch:
+    """A batch, or with several ranks this rank's images and all texts: its part of the loss, summed over pairs.
 
+    Each rank owns the pairs of its own images, and the log-sum-exps of its own images and texts.
+    """
 
-def _exclude_loss(
-    image_embeds: Tensor,
-    text_embeds: Tensor,
-    logit_scale: Tensor,
-    lse: ContrastiveLSE,
-    image_ids: Tensor,
-    text_ids: Tensor,
-) -> Tensor:
-    """Each positive against the negatives alone."""
-    dtype = _similarity.wide(image_embeds.dtype)
-    of_images, of_texts = _matches(image_ids, text_ids), _matches(text_ids, image_ids)
-    image_share = 0.5 / (of_images.length.to(lse.image_lse) * len(image_ids))  # (N,)
-    text_share = 0.5 / (of_texts.length.to(lse.text_lse) * len(text_ids))  # (M,)
-    scale = logit_scale.to(image_embeds.device, dtype)
-    loss = _positive_terms(image_embeds, text_embeds, scale, *lse, *of_images, image_share, text_share)
-    alone = (of_images.length == 0).any() | (of_texts.length == 0).any()
-    return _or_nan(loss.masked_fill(alone, torch.nan)).to(dtype)
+    def __init__(
+        self,
+        images: Tensor,
+        texts: Tensor,
+        logit_scale: Tensor,
+        image_ids: Tensor | None,
+        text_ids: Tensor | None,
+        ranks: Ranks,
+    ) -> None:
+        self.ranks, self.images, self.own_texts = ranks, images, texts
+        self.dtype = _similarity.wide(images.dtype)
+        self.logit_scale = logit_scale.to(images.device, self.dtype)
+        self.texts = gather(texts, ranks)  # (M, P) of all ranks
+        self.image_ids = image_ids
+        self.text_ids = None if text_ids is None else gather(text_ids, ranks)
+        self.num_images = ranks.size * len(images)
+
+    def loss(self, positives: str, workspace_bytes: int, implementation: str) -> Tensor:
+        """0-d; the sum over ranks is the loss."""
+        average = positives == "average"
+        if self.image_ids is None:
+            excluded = Excluded(diagonal=self.ranks.own(len(self.own_texts)).start)
+        else:
+            excluded = Excluded() if average else Excluded(self.image_ids, self.text_ids)
+        lse = _lse(self.images, self.texts, self.logit_scale, excluded, workspace_bytes, implementation)
+        lse = ContrastiveLSE(lse.image_lse, log_sum_exp(lse.text_lse, self.ranks))
+        if self.image_ids is None or self.text_ids is None:
+            loss = self._of_diagonal(lse)
+        else:
+            loss = (self._average if average else self._exclude)(lse, self.image_ids, self.text_ids)
+        return torch.where(loss.isfinite(), loss, torch.nan).to(self.dtype)
+
+    def _of_diagonal(self, lse: ContrastiveLSE) -> Tensor:
+        """Each image has its text and nothing else."""
+        products = self.images.to(self.dtype) * self.own_texts.to(self.dtype)
+        logits = self.logit_scale * products.sum(1)  # (N,) of the positives
+        text_lse = lse.text_lse[self.ranks.own(len(logits))]
+        # An infinite logit would give a loss of 0 or infinity; 0 * infinity is NaN.
+        terms = _softplus(lse.image_lse - logits) + _softplus(text_lse - logits) + 0 * logits
+        return terms.sum() / (2 * self.num_images)
+
+    def _matches(self, image_ids: Tensor, text_ids: Tensor) -> tuple[_Matches, Tensor, Tensor]:
+        """The texts of each image, the number of images (of all ranks) of each text, and whether someone has none."""
+        of_images = _matches(image_ids, text_ids)
+        num_images = self.ranks.sum(_matches(text_ids, image_ids).length)  # (M,)
+        return of_images, num_images, (of_images.length == 0).any() | (num_images == 0).any()
+
+    def _average(self, lse: ContrastiveLSE, image_ids: Tensor, text_ids: Tensor) -> Tensor:
+        """Mean log-probability over the positives: their logits enter linearly, sums of embeddings by id are enough."""
+        of_images, num_images, alone = self._matches(image_ids, text_ids)
+        group = torch.searchsorted(text_ids[of_images.order], text_ids)  # (M,) where a text's id first stands in order
+        texts = self.texts.to(self.dtype)
+        sums = torch.zeros_like(texts).index_add(0, group, texts)  # (M, P), by group
+        shares = torch.zeros_like(texts).index_add(0, group, texts / num_images.to(texts)[:, None])
+        own = of_images.start.clamp(max=len(texts) - 1)
+        num_texts = of_images.length.to(texts)[:, None]  # (N, 1)
+        mean = sums[own] / (num_texts * self.num_images) + shares[own] / len(texts)  # (N, P)
+        positives = self.logit_scale * (self.images.to(self.dtype) * mean).sum()
+        text_lse = lse.text_lse[self.ranks.own(len(self.own_texts))]
+        loss = (lse.image_lse.sum() / self.num_images + text_lse.sum() / len(texts) - positives) / 2
+        return loss.masked_fill(alone, torch.nan)
+
+    def _exclude(self, lse: ContrastiveLSE, image_ids: Tensor, text_ids: Tensor) -> Tensor:
+        """Each positive against the negatives alone."""
+        of_images, num_images, alone = self._matches(image_ids, text_ids)
+        image_share = 0.5 / (of_images.length.to(lse.image_lse) * self.num_images)  # (N,)
+        text_share = 0.5 / (num_images.to(lse.text_lse) * len(text_ids))  # (M,)
+        loss = _positive_terms(self.images, self.texts, self.logit_scale, *lse, *of_images, image_share, text_share)
+        return loss.masked_fill(alone, torch.nan)
 
 
 # vlmo_fast::contrastive_lse: the op under the log-sum-exps

@@ -68,7 +68,7 @@ def retrieval_ranks(
     _contrastive._check(op, image_embeds, text_embeds, one, image_ids, text_ids)
     if image_ids is not None and text_ids is not None:
         _contrastive._check_positives(op, image_ids, text_ids)
-    implementation = select(op, _contrastive._problem(image_embeds, text_embeds, image_ids), backend)
+    implementation = select(op, _contrastive._problem(image_embeds, text_embeds), backend)
     with torch.no_grad(), torch.autocast(image_embeds.device.type, enabled=False):
         _similarity.require_finite(op, "image_embeds and text_embeds", image_embeds, text_embeds)
         if implementation == "eager":

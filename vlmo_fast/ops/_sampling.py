@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
+from vlmo_fast.distributed import Ranks, gather
 from vlmo_fast.ops import _contrastive, _similarity, reference
 from vlmo_fast.ops._similarity import Excluded
 from vlmo_fast.ops.dispatch import select
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 __all__ = ["HardNegatives", "sample_hard_negatives"]
 
@@ -35,6 +39,7 @@ def sample_hard_negatives(
     *,
     image_ids: Tensor | None = None,
     text_ids: Tensor | None = None,
+    process_group: ProcessGroup | None = None,
     generator: torch.Generator | None = None,
     backend: str = "auto",
 ) -> HardNegatives:
@@ -52,6 +57,8 @@ def sample_hard_negatives(
         logit_scale: 0-d multiplier of the similarities, already exponentiated.
         image_ids: (N,) int64, what each image shows, or None; pairs of equal ids are never drawn.
         text_ids: (M,) int64; with `image_ids` or not at all.
+        process_group: of `torch.distributed`, or None. With one, negatives come from the batch of all ranks and the
+            indices are those of the global batch, rank after rank; `distributed.fetch_samples` gets the samples drawn.
         generator: source of randomness, on the embeddings' device; None for torch's default.
         backend: "auto", or the name of an implementation.
 
@@ -63,20 +70,29 @@ def sample_hard_negatives(
         TypeError: dtypes disagree.
     """
     op = "sample_hard_negatives"
-    if image_ids is None and text_ids is None and (len(image_embeds) < 2 or len(image_embeds) != len(text_embeds)):
+    ranks = Ranks.of(process_group)
+    pairs = ranks.size * len(image_embeds)
+    if image_ids is None and text_ids is None and (pairs < 2 or len(image_embeds) != len(text_embeds)):
         raise ValueError(
             f"{op}: image_embeds and text_embeds must be at least 2 pairs, "
             f"got {len(image_embeds)} images and {len(text_embeds)} texts"
         )
     _contrastive._check(op, image_embeds, text_embeds, logit_scale, image_ids, text_ids)
-    implementation = select(op, _contrastive._problem(image_embeds, text_embeds, image_ids), backend)
+    implementation = select(op, _contrastive._problem(image_embeds, text_embeds, ranks), backend)
     with torch.no_grad(), torch.autocast(image_embeds.device.type, enabled=False):
         _similarity.require_finite(op, "image_embeds and text_embeds", image_embeds, text_embeds, logit_scale)
-        diagonal = 0 if image_ids is None else None
-        of_texts, of_images = Excluded(text_ids, image_ids, diagonal), Excluded(image_ids, text_ids, diagonal)
+        of_texts, of_images = Excluded(diagonal=0), Excluded(diagonal=0)
+        all_images, all_texts = image_embeds, text_embeds
+        if ranks.size > 1:
+            _contrastive._check_sizes(op, image_embeds, text_embeds, ranks)
+            all_images, all_texts = gather(image_embeds, ranks), gather(text_embeds, ranks)
+            of_texts = of_images = Excluded(diagonal=ranks.own(len(image_embeds)).start)
+        if image_ids is not None and text_ids is not None:
+            of_texts = Excluded(text_ids, gather(image_ids, ranks))
+            of_images = Excluded(image_ids, gather(text_ids, ranks))
         draw = _draw if implementation == "chunked" else _draw_eagerly
-        images = draw(text_embeds, image_embeds, logit_scale, of_texts, generator)
-        texts = draw(image_embeds, text_embeds, logit_scale, of_images, generator)
+        images = draw(text_embeds, all_images, logit_scale, of_texts, generator)
+        texts = draw(image_embeds, all_texts, logit_scale, of_images, generator)
     return HardNegatives(images, texts)
 
 

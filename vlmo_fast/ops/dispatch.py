@@ -29,6 +29,7 @@ class Problem:
         needs_grad: whether a gradient will be asked for.
         head_dim: width of an attention head, for attention.
         interpreted: whether Triton's interpreter runs kernels on CPU tensors, which a caller asked for by name.
+        num_ranks: processes whose batches make one.
     """
 
     device: str
@@ -36,6 +37,7 @@ class Problem:
     needs_grad: bool = True
     head_dim: int | None = None
     interpreted: bool = False
+    num_ranks: int = 1
 
 
 class Choice(NamedTuple):
@@ -75,7 +77,14 @@ def _takes_xformers(problem: Problem) -> tuple[bool, str]:
 
 
 _CHUNKED = _Implementation("chunked", _everywhere("blocks of rows: torch's matmuls, memory linear in N"))
-_STORED = _Implementation("eager", _everywhere("the reference: stores the N x N logits"))
+_STORED = _Implementation(
+    "eager",
+    lambda problem: (
+        (True, "the reference: stores the N x N logits")
+        if problem.num_ranks == 1
+        else (False, "the reference computes the batch of one process")
+    ),
+)
 
 
 def _cpu_extension(problem: Problem) -> tuple[bool, str]:
