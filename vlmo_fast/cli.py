@@ -21,6 +21,7 @@ _COMMANDS = {
         "vlmo_fast.convert", "make a folder for from_pretrained from a released VLMo or a BEiT, or back"
     ),
     "demo": _Command("vlmo_fast.demo", "train a small model on this machine and write a report of what it learned"),
+    "embed": _Command("vlmo_fast.embed", "embed images and texts into one file, resumable"),
     "doctor": _Command("vlmo_fast.doctor", "show what is installed, what each op will run on, and how to get the rest"),
 }
 
