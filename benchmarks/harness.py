@@ -139,12 +139,23 @@ class _Contender:
     may_refuse: tuple[type[BaseException], ...]
     slow_start: bool
     oracle: Callable[..., Any]
+    layout: Callable[..., Mapping[str, Any]] | None
     calls: int = 1
     seen: int = 0  # calls so far, to rotate the buffers
     samples: list[float] = field(default_factory=list)
     errors: dict[str, tuple[float, float]] = field(default_factory=dict)
     peak_bytes: int | None = None
     result_bytes: int = 0
+
+
+@dataclass
+class _Side:
+    """What contenders with the same inputs and the same answer share."""
+
+    oracle: Callable[..., Any]
+    buffers: list[dict[str, Any]]
+    upstream: list[Tensor] = field(default_factory=list)  # one gradient for each differentiable output
+    known: dict[int, dict[str, Tensor]] = field(default_factory=dict)  # the oracle's results on a buffer
 
 
 class Group:
@@ -171,8 +182,7 @@ class Group:
         self.inputs, self.oracle, self.axes, self.x, self.work = inputs, oracle, dict(axes), x, work
         self.gradients, self.num_buffers, self.dtype, self.settings = tuple(gradients), num_buffers, dtype, settings
         self.once, self.memory = once, memory
-        self._upstream: list[Tensor] = []  # one gradient for each differentiable output
-        self._known: dict[tuple[Callable[..., Any], int], dict[str, Tensor]] = {}  # results of oracles
+        self._sides: dict[Any, _Side] = {}
         self._contenders: list[_Contender] = []
         self._promises: list[dict[str, Any]] = []
         self.skipped: list[dict[str, str]] = []
@@ -195,7 +205,9 @@ class Group:
             **options: `make`: `function()` is called first and returns the contender, so that imports and compilation
                 happen only if it runs; `requires`: modules without which it is skipped, the reason stored;
                 `may_refuse`: exceptions of the first call that mean "not on this machine", stored as the reason too;
-                `slow_start`: left out of --quick; `oracle`: its own, where it answers the question in another way.
+                `slow_start`: left out of --quick; `oracle`: its own, where it answers the question in another way;
+                `layout`: `layout(**inputs)` gives its own form of the inputs (padded, stacked), made before the clock
+                runs; its oracle then gets that form, too.
         """
         self._add("peer", name, function, **options)
 
@@ -217,11 +229,15 @@ class Group:
         may_refuse: tuple[type[BaseException], ...] = (),
         slow_start: bool = False,
         oracle: Callable[..., Any] | None = None,
+        layout: Callable[..., Mapping[str, Any]] | None = None,
     ) -> None:
         if name in [contender.name for contender in self._contenders]:
             raise ValueError(f"{self.name}: contender {name!r} is there already")
+        if layout is not None and oracle is None:
+            raise ValueError(f"{self.name}: {name!r} has a layout of its own and needs an oracle for it")
         oracle = self.oracle if oracle is None else oracle
-        self._contenders.append(_Contender(name, role, function, make, tuple(requires), may_refuse, slow_start, oracle))
+        contender = _Contender(name, role, function, make, tuple(requires), may_refuse, slow_start, oracle, layout)
+        self._contenders.append(contender)
 
     def promise(
         self,
@@ -272,17 +288,17 @@ class Group:
     def _run(self) -> dict[str, Any]:
         device = self.bench.device
         buffers = self._buffers()
+        self._sides = {None: _Side(self.oracle, buffers)}
+        self._sides[self.oracle, None] = self._sides[None]
         ceilings = [measure_ceilings(device, self.dtype)]
-        if self.gradients:
-            self._expected(self.oracle, buffers, 0)  # draws the upstream gradient
         clock = _CpuClock()
-        contenders = [contender for contender in self._contenders if self._prepare(contender, buffers)]
+        contenders = [contender for contender in self._contenders if self._prepare(contender)]
         if not self.bench.timed:
             return self._describe() | {"contenders": [self._summary(c) for c in contenders], "promises": []}
 
         if not self.once:
             clock = _CpuClock()
-            self._rounds(contenders, buffers)
+            self._rounds(contenders)
         others = clock.share_of_others()
         ceilings.append(measure_ceilings(device, self.dtype))
 
@@ -302,7 +318,7 @@ class Group:
             "promises": [_judged(promise, summaries) for promise in self._promises],
         }
 
-    def _rounds(self, contenders: list[_Contender], buffers: list[dict[str, Any]]) -> None:
+    def _rounds(self, contenders: list[_Contender]) -> None:
         """Time all in turn, then hold the last timed result of each to the oracle, on the last buffer."""
         deadline = time.perf_counter() + self.settings.seconds
         results: dict[str, dict[str, Tensor]] = {}
@@ -312,19 +328,21 @@ class Group:
         ):
             for turn in range(len(contenders)):
                 contender = contenders[(turn + rounds) % len(contenders)]
-                seconds, last = self._sample(contender, buffers)
+                seconds, last = self._sample(contender)
                 contender.samples.append(seconds)
-                if len(buffers) == 1:
+                if len(self._side(contender).buffers) == 1:
                     results[contender.name] = last
                 del last
             rounds += 1
         for contender in contenders:
             if contender.role == "yardstick":
                 continue
-            if len(buffers) > 1:  # one more sample, such that its last call is on the last buffer
-                contender.seen = len(buffers) - contender.calls % len(buffers)
-                results[contender.name] = self._sample(contender, buffers)[1]
-            self._check(contender, results.pop(contender.name), self._expected(contender.oracle, buffers, -1))
+            side = self._side(contender)
+            count = len(side.buffers)
+            if count > 1:  # one more sample, such that its last call is on the last buffer
+                contender.seen = count - contender.calls % count
+                results[contender.name] = self._sample(contender)[1]
+            self._check(contender, results.pop(contender.name), self._expected(side, count - 1))
 
     def _describe(self) -> dict[str, Any]:
         return {
@@ -349,10 +367,24 @@ class Group:
         return [first, *(self._buffer(seed) for seed in range(1, count))]
 
     def _buffer(self, seed: int) -> dict[str, Any]:
-        buffer = dict(self.inputs(seed))
+        return self._with_leaves(dict(self.inputs(seed)))
+
+    def _with_leaves(self, buffer: dict[str, Any]) -> dict[str, Any]:
         for leaf in self._leaves(buffer):
             leaf.requires_grad_()
         return buffer
+
+    def _side(self, contender: _Contender) -> _Side:
+        """The buffers and answers of a contender, made when the first of its kind asks."""
+        key = (contender.oracle, contender.layout)
+        if key not in self._sides:
+            buffers = self._sides[None].buffers
+            if contender.layout is not None:
+                with torch.no_grad():
+                    made = [_map_tensors(dict(contender.layout(**buffer)), _own) for buffer in buffers]
+                buffers = [self._with_leaves(buffer) for buffer in made]
+            self._sides[key] = _Side(contender.oracle, buffers)
+        return self._sides[key]
 
     def _leaves(self, buffer: Mapping[str, Any]) -> list[Tensor]:
         return [tensor for _, tensor in _tensors(self._chosen(buffer)) if tensor.is_floating_point()]
@@ -360,37 +392,37 @@ class Group:
     def _chosen(self, buffer: Mapping[str, Any]) -> dict[str, Any]:
         return {name: buffer[name] for name in self.gradients}
 
-    def _expected(self, oracle: Callable[..., Any], buffers: list[dict[str, Any]], index: int) -> dict[str, Tensor]:
+    def _expected(self, side: _Side, index: int) -> dict[str, Tensor]:
         """The oracle's results on a buffer, in float64."""
-        key = (oracle, index % len(buffers))
-        if key not in self._known:
-            results = self._call(oracle, _map_tensors(buffers[index], _promote))
-            self._known[key] = {name: tensor.detach() for name, tensor in results.items()}
-        return self._known[key]
+        if index not in side.known:
+            results = self._call(side, side.oracle, _map_tensors(side.buffers[index], _promote))
+            side.known[index] = {name: tensor.detach() for name, tensor in results.items()}
+        return side.known[index]
 
-    def _results(self, contender: _Contender, buffer: Mapping[str, Any]) -> dict[str, Tensor]:
+    def _results(self, contender: _Contender, index: int) -> dict[str, Tensor]:
+        side = self._side(contender)
         if contender.role == "yardstick":
             with torch.no_grad():
-                return dict(_tensors(contender.function(**buffer)))
-        return self._call(contender.function, buffer)
+                return dict(_tensors(contender.function(**side.buffers[index])))
+        return self._call(side, contender.function, side.buffers[index])
 
-    def _call(self, function: Callable[..., Any], buffer: Mapping[str, Any]) -> dict[str, Tensor]:
+    def _call(self, side: _Side, function: Callable[..., Any], buffer: Mapping[str, Any]) -> dict[str, Tensor]:
         """Named results of one call: its outputs, and with `gradients` those of the leaves."""
         if not self.gradients:
             with torch.no_grad():
                 return dict(_tensors(function(**buffer)))
         results = dict(_tensors(function(**buffer)))
         outputs = [tensor for tensor in results.values() if tensor.requires_grad]
-        if not self._upstream:  # the oracle comes first
+        if not side.upstream:  # the oracle comes first
             generator = torch.Generator().manual_seed(0)
             drawn = [torch.randn(o.shape, generator=generator) if o.ndim else torch.ones(()) for o in outputs]
-            self._upstream = [tensor.to(self.bench.device, self.dtype) for tensor in drawn]
-        upstream = [g.to(o.device, o.dtype) for g, o in zip(self._upstream, outputs, strict=True)]
+            side.upstream = [tensor.to(self.bench.device, self.dtype) for tensor in drawn]
+        upstream = [g.to(o.device, o.dtype) for g, o in zip(side.upstream, outputs, strict=True)]
         gradients = torch.autograd.grad(outputs, self._leaves(buffer), upstream)
         names = [name for name, tensor in _tensors(self._chosen(buffer)) if tensor.is_floating_point()]
         return results | {f"d {name}": gradient for name, gradient in zip(names, gradients, strict=True)}
 
-    def _prepare(self, contender: _Contender, buffers: list[dict[str, Any]]) -> bool:
+    def _prepare(self, contender: _Contender) -> bool:
         """First calls: skip what cannot run here, check the results, measure memory, choose the length of a sample."""
         device, settings = self.bench.device, self.settings
 
@@ -403,14 +435,15 @@ class Group:
             return skip(f"not installed: {', '.join(missing)}")
         if contender.slow_start and settings.profile == "quick":
             return skip("takes long to start; left out of --quick")
+        side = self._side(contender)
         checked = contender.role != "yardstick"
-        expected = self._expected(contender.oracle, buffers, 0) if checked else {}
+        expected = self._expected(side, 0) if checked else {}
         results: dict[str, Tensor] = {}
 
         def call() -> None:
-            results.update(self._results(contender, buffers[0]))
+            results.update(self._results(contender, 0))
 
-        versions = [tensor._version for _, tensor in _tensors(buffers[0])]
+        versions = [tensor._version for _, tensor in _tensors(side.buffers[0])]
         try:
             if contender.make:
                 contender.function = contender.function()
@@ -425,7 +458,7 @@ class Group:
             return skip("out of memory")
         except contender.may_refuse as error:
             return skip(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:300])
-        if versions != [tensor._version for _, tensor in _tensors(buffers[0])]:
+        if versions != [tensor._version for _, tensor in _tensors(side.buffers[0])]:
             raise AssertionError(f"{self.name}: {contender.name} changes its inputs")
         if checked:
             self._check(contender, results, expected)
@@ -435,23 +468,22 @@ class Group:
             contender.peak_bytes, seconds = peak_memory(call, device)
             results.clear()
             if seconds < settings.sample_seconds:
-                seconds = min(self._sample(contender, buffers)[0] for _ in range(2))
+                seconds = min(self._sample(contender)[0] for _ in range(2))
             contender.calls = max(1, math.ceil(settings.sample_seconds / seconds))
         if not self.memory:
             contender.peak_bytes = None
         return True
 
-    def _sample(self, contender: _Contender, buffers: list[dict[str, Any]]) -> tuple[float, dict[str, Tensor]]:
+    def _sample(self, contender: _Contender) -> tuple[float, dict[str, Tensor]]:
         """Seconds a call of one sample, and the last call's results."""
-        device = self.bench.device
+        device, count = self.bench.device, len(self._side(contender).buffers)
         collecting = gc.isenabled()
         gc.disable()
         try:
             synchronize(device)
             start = time.perf_counter()
             for _ in range(contender.calls):
-                index = contender.seen % len(buffers)
-                results = self._results(contender, buffers[index])
+                results = self._results(contender, contender.seen % count)
                 contender.seen += 1
             synchronize(device)
             return (time.perf_counter() - start) / contender.calls, results
@@ -897,6 +929,11 @@ def _map_tensors(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(value, list | tuple):
         return type(value)(_map_tensors(part, function) for part in value)
     return value
+
+
+def _own(tensor: Tensor) -> Tensor:
+    """A copy that is a leaf."""
+    return tensor.detach().clone()
 
 
 def _promote(tensor: Tensor) -> Tensor:

@@ -220,6 +220,32 @@ def test_a_contender_may_answer_in_another_way(bench):
     assert [c["error"] < 1e-6 for c in group.run()["contenders"]] == [True, True]
 
 
+def test_a_contender_may_want_its_inputs_in_another_layout(bench):
+    """Made before the clock runs, with an oracle and an upstream gradient of its own."""
+    made = []
+
+    def transposed(x, scale):
+        made.append(x)
+        return {"x": x.t(), "scale": scale}
+
+    def padded(x, scale):
+        return {"x": F.pad(x, (0, 0, 0, 2)), "scale": scale}
+
+    group = group_of(bench, gradients=("x",), num_buffers=3)
+    group.ours("ours", gelu)
+    group.peer("transposed", gelu, layout=transposed, oracle=gelu)
+    group.peer("padded", gelu, layout=padded, oracle=gelu)
+    record = group.run()
+    assert len(made) == 3
+    assert [set(c["errors"]) for c in record["contenders"]] == [{"y", "d x"}] * 3
+    group = group_of(bench, gradients=("x",))
+    group.peer("wrong", lambda x, scale: {"y": scale * x}, layout=transposed, oracle=gelu)
+    with pytest.raises(AssertionError, match="wrong computes something else"):
+        group.run()
+    with pytest.raises(ValueError, match="needs an oracle"):
+        group_of(bench).peer("peer", gelu, layout=transposed)
+
+
 def test_what_takes_minutes_runs_once(bench):
     calls = []
 
