@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from vlmo_fast import ops
-from vlmo_fast.ops import reference
+from vlmo_fast.ops import _buckets, dispatch, reference
 
 BACKENDS = ["bucketed", "sdpa", "eager"]
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # where Triton kernels run; on a CPU they are interpreted
 
 
 def pack(lengths, *, gap=0, text_places=40, order=None):
@@ -73,15 +74,19 @@ def test_float64_values_and_gradients(lengths, cls_only, backend):
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("backend", ["bucketed", "sdpa"])
+@pytest.mark.parametrize("backend", ["bucketed", "sdpa", "triton"])
 @pytest.mark.parametrize("cls_only", [False, True], ids=["all", "cls"])
 def test_opcheck(backend, cls_only):
-    (query, key, value, bias), segments, longest = problem(MIXES["all kinds"], cls_only=cls_only, dtype=torch.float32)
+    lengths = [(2, 3)] if backend == "triton" else MIXES["all kinds"]  # interpreted, it is slow
+    tensors, segments, longest = problem(lengths, cls_only=cls_only, dtype=torch.float32, heads=1, places=45)
+    query, key, value, bias = (x.detach().to(DEVICE).requires_grad_() for x in tensors)
+    segments = segments.to(DEVICE)
     for table in (bias, None):
         arguments = (query, key, value, segments, None, table, longest, cls_only, 0.3, backend)
         torch.library.opcheck(torch.ops.vlmo_fast.packed_attention.default, arguments)
-    grad, lse = torch.randn_like(query), torch.empty(0)
-    arguments = (grad, query, key, value, segments, segments, bias, grad, lse, longest, cls_only, 0.3, True, backend)
+    out, stats = torch.ops.vlmo_fast.packed_attention(*arguments[:5], bias, *arguments[6:])
+    grad = torch.randn_like(out)
+    arguments = (grad, query, key, value, segments, None, bias, out, stats, longest, cls_only, 0.3, True, backend)
     arguments = tuple(x.detach() if isinstance(x, torch.Tensor) else x for x in arguments)
     torch.library.opcheck(torch.ops.vlmo_fast.packed_attention_backward.default, arguments)
 
@@ -114,3 +119,107 @@ def test_many_compositions_compile_twice():
         ):
             torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
     assert len(compiled_graphs) <= 2
+
+
+# The door
+
+
+def test_choices():
+    """Triton's kernels on CUDA where they take the problem; elsewhere torch's operators, fused without gradients."""
+    half, single, double = torch.bfloat16, torch.float32, torch.float64
+
+    def chosen(*problem, **more):
+        return ops.select("packed_attention", ops.Problem(*problem, **more))
+
+    for dtype in (half, torch.float16, single):
+        assert chosen("cuda", dtype, True, 64) == "triton"
+        assert chosen("cuda", dtype, True, 128) == "triton"
+        assert chosen("cuda", dtype, True, 129) == "bucketed"
+        assert chosen("cuda", dtype, False, 136) == "sdpa"
+    assert chosen("cuda", double, True, 64) == "bucketed"
+    assert chosen("cuda", double, False, 64) == "sdpa"
+    for dtype in (half, single, double):
+        assert chosen("cpu", dtype, True, 64) == chosen("cpu", dtype, False, 64) == "bucketed"
+        assert chosen("mps", dtype, True, 64) == "bucketed"
+    assert chosen("cpu", single, interpreted=True) == "bucketed"  # never by itself
+
+
+def test_a_missing_triton_is_passed_over(monkeypatch):
+    monkeypatch.setattr(dispatch, "find_spec", lambda name: None)
+    assert ops.select("packed_attention", ops.Problem("cuda", torch.bfloat16, True, 64)) == "bucketed"
+    with pytest.raises(NotImplementedError, match="needs the package triton"):
+        ops.select("packed_attention", ops.Problem("cuda", torch.bfloat16), "triton")
+
+
+def test_a_graph_may_ask_the_door():
+    """Choosing for a CUDA device looks for the package; torch.compile takes the answer as a constant."""
+
+    @torch.compile(fullgraph=True, backend="eager")
+    def choose(x):
+        chosen = ops.select("packed_attention", ops.Problem("cuda", torch.bfloat16, True, 64))
+        return x + 1 if chosen == "triton" else x
+
+    assert choose(torch.zeros(())) == 1
+
+
+def test_the_kernels_need_cuda_or_the_interpreter(monkeypatch):
+    with pytest.raises(NotImplementedError, match=r"'triton' cannot run here \(needs a CUDA device\).*bucketed"):
+        ops.select("packed_attention", ops.Problem("cpu", torch.float32), "triton")
+    assert ops.select("packed_attention", ops.Problem("cpu", torch.float32, interpreted=True), "triton") == "triton"
+
+
+@pytest.mark.parametrize("backend", ["auto", "bucketed", "sdpa", "eager"])
+def test_the_op_runs_what_was_selected(backend, monkeypatch):
+    tensors, segments, longest = problem([(2, 0)], grad=False)
+    wanted = "bucketed" if backend == "auto" else backend
+    seen = []
+    attend = _buckets.attend
+    monkeypatch.setattr(_buckets, "attend", lambda *a: seen.append("sdpa" if a[-1] else "bucketed") or attend(*a))
+    written_out = reference.packed_attention
+    monkeypatch.setattr(reference, "packed_attention", lambda *a: seen.append("eager") or written_out(*a))
+    run(tensors, segments, longest, backend=backend)
+    assert seen == [wanted]
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"key": torch.ones(5, 2)}, ValueError, r"key and value must be \(N, H, d\) alike, got \(5, 2\)"),
+        ({"query": torch.ones(4, 2, 4)}, ValueError, r"query must be \(N, H, d\) = \(5, 2, 4\), got \(4, 2, 4\)"),
+        ({"cls_only": True}, ValueError, r"query must be \(B, H, d\) = \(1, 2, 4\), got \(5, 2, 4\)"),
+        ({"value": torch.ones(5, 2, 4).double()}, TypeError, r"share one float dtype, got torch.float32, .*float64"),
+        ({"segments": torch.zeros(2, 3).int()}, ValueError, r"segments must be \(B, 2, 3\), got \(2, 3\)"),
+        ({"segments": torch.zeros(1, 2, 3).long()}, TypeError, r"segments must be int32, got torch.int64"),
+        ({"bias": torch.ones(2, 3, 4)}, ValueError, r"bias must be \(H, R, R\) with H = 2, got \(2, 3, 4\)"),
+        ({"bias": torch.ones(2, 5, 5).int()}, TypeError, r"bias must be of a float dtype, got torch.int32"),
+        ({"bias": torch.ones(2, 5, 5, device="meta")}, ValueError, r"bias must be on the query's device cpu, got meta"),
+        ({"host_segments": torch.zeros(2, 2, 3).int()}, ValueError, r"host_segments must be \(1, 2, 3\) like segments"),
+        ({"host_segments": torch.zeros(1, 2, 3)}, TypeError, r"host_segments must be int32 on the CPU, got .*float32"),
+    ],
+)
+def test_refuses_shapes_and_dtypes(change, error, message):
+    tensors = {name: torch.ones(5, 2, 4) for name in ("query", "key", "value")}
+    arguments = tensors | {"segments": torch.tensor([[[0, 3, 0], [3, 2, 3]]]).int(), "bias": torch.ones(2, 5, 5)}
+    with pytest.raises(error, match=f"^packed_attention: .*{message}"):
+        ops.packed_attention(**(arguments | change), max_length=5)
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ([[[0, 3, 0], [3, 3, 3]]], "segments must stay within 5 rows, got 6"),
+        ([[[0, 3, 0], [2, 2, 3]]], "segments must not overlap"),
+        ([[[0, 3, 0], [3, 2, 4]]], "segments must stay within 5 bias rows, got 6"),
+        ([[[0, 3, 0], [3, 2, 2]]], "segments must not share bias rows"),
+        ([[[0, -3, 0], [3, 2, 3]]], "segments must not be negative, got -3"),
+        ([[[0, 3, -1], [3, 2, 3]]], "segments must not be negative, got -1"),
+        ([[[0, 3, 0], [3, 2, 3]]], "max_length must be at least 5 tokens, got 4"),
+    ],
+)
+def test_refuses_impossible_segments(table, message):
+    tensors = [torch.ones(5, 2, 4)] * 3
+    with pytest.raises(ValueError, match=f"^packed_attention: .*{message}"):
+        ops.packed_attention(*tensors, torch.tensor(table).int(), torch.ones(2, 5, 5), max_length=4)

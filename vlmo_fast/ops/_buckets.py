@@ -63,6 +63,8 @@ class Plan(NamedTuple):
         lowest: the smallest number in the table, which must not be negative.
         overlaps: whether a row belongs to two segments, which must not be.
         empty_sequences: whether a sequence has no tokens.
+        shared_places: whether text and image of a sequence share rows of the bias, which they must not.
+        place_alignment: the largest power of two, at most 8, that divides every first bias row.
     """
 
     buckets: tuple[Bucket, ...]
@@ -73,6 +75,8 @@ class Plan(NamedTuple):
     lowest: int
     overlaps: bool
     empty_sequences: bool
+    shared_places: bool
+    place_alignment: int
 
 
 _plans: tuple[tuple[Tensor, Plan], ...] = ()  # the last tables seen, newest first; every layer asks for the same
@@ -93,17 +97,21 @@ def plan(segments: Tensor) -> Plan:
 def _plan(segments: Tensor) -> Plan:
     groups: dict[tuple[int, ...], list[tuple[int, int, int]]] = {}
     intervals = []
-    num_tokens = end_row = end_place = max_length = 0
+    num_tokens = end_row = end_place = max_length = places = 0
+    shared_places = False
     table: list[list[int]] = segments.flatten(1).tolist()
     for sequence, (text, num_text, text_place, image, num_image, image_place) in enumerate(table):
         shape = (num_text, text_place if num_text else 0, num_image, image_place if num_image else 0)
         groups.setdefault(shape, []).append((text, image, sequence))
         num_tokens += num_text + num_image
         max_length = max(max_length, num_text + num_image)
+        if num_text and num_image:
+            shared_places |= text_place < image_place + num_image and image_place < text_place + num_text
         for row, length, place in ((text, num_text, text_place), (image, num_image, image_place)):
             if length:
                 end_row, end_place = max(end_row, row + length), max(end_place, place + length)
                 intervals.append((row, row + length))
+                places |= place
     buckets = []
     for (num_text, text_place, num_image, image_place), members in groups.items():
         if num_text + num_image > 0:
@@ -116,7 +124,11 @@ def _plan(segments: Tensor) -> Plan:
     empty = any(num_text + num_image == 0 for num_text, _, num_image, _ in groups)
     intervals.sort()
     overlaps = any(second < end for (_, end), (second, _) in pairwise(intervals))
-    return Plan(tuple(buckets), num_tokens, end_row, end_place, max_length, lowest, overlaps, empty)
+    alignment = min(places & -places or 8, 8)
+    return Plan(
+        *(tuple(buckets), num_tokens, end_row, end_place, max_length, lowest),
+        *(overlaps, empty, shared_places, alignment),
+    )
 
 
 def _part(firsts: tuple[int, ...], length: int, place: int) -> Part:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from vlmo_fast.ops import _buckets, reference
-from vlmo_fast.ops.dispatch import Problem, select
+from vlmo_fast.ops.dispatch import Problem, select, triton_interprets
 
 __all__ = ["packed_attention"]
 
@@ -39,7 +39,8 @@ def packed_attention(
         key: (N, H, d), dtype and device of the query.
         value: (N, H, d), dtype and device of the query.
         segments: (B, 2, 3) int32 on the query's device: of each sequence its text, then its image, each (first row,
-            length, first bias row), with length 0 where there is none. No row may belong to two segments.
+            length, first bias row), with length 0 where there is none. No row may belong to two segments, no bias row
+            to both segments of a sequence.
         bias: (H, R, R), any float dtype, added to the scaled scores, or None. bias[h, i, j] is between a query with
             bias row i and a key with bias row j. Sequences whose gradients overlap are summed in a fixed order.
         host_segments: `segments` on the CPU, for implementations that plan on the host; None for a copy when one is
@@ -62,7 +63,8 @@ def packed_attention(
     _validate(query, key, value, segments, bias, host_segments, cls_only)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (query, key, value, bias))
-    problem = Problem(query.device.type, query.dtype, needs_grad, query.shape[-1])
+    interpreted = backend == "triton" and triton_interprets()
+    problem = Problem(query.device.type, query.dtype, needs_grad, query.shape[-1], interpreted)
     implementation = select("packed_attention", problem, backend)
     if implementation == "eager":
         with torch.autocast(query.device.type, enabled=False):
@@ -113,7 +115,9 @@ def _validate(
             fail("host_segments", f"be {tuple(segments.shape)} like segments", tuple(host_segments.shape))
 
 
-def _plan(segments: Tensor, host_segments: Tensor | None, num_rows: int, bias: Tensor | None) -> _buckets.Plan:
+def _plan(
+    segments: Tensor, host_segments: Tensor | None, num_rows: int, bias: Tensor | None, max_length: int
+) -> _buckets.Plan:
     """The packing on the host, checked."""
     if segments.device.type == "cpu" or host_segments is None:
         host_segments = segments.cpu()
@@ -124,8 +128,12 @@ def _plan(segments: Tensor, host_segments: Tensor | None, num_rows: int, bias: T
         raise ValueError(f"packed_attention: segments must stay within {num_rows} rows, got {plan.end_row}")
     if plan.overlaps:
         raise ValueError("packed_attention: segments must not overlap, got a row in two of them")
+    if bias is not None and plan.shared_places:
+        raise ValueError("packed_attention: segments must not share bias rows in one sequence, got a text that does")
     if bias is not None and plan.end_place > bias.shape[1]:
         raise ValueError(f"packed_attention: segments must stay within {bias.shape[1]} bias rows, got {plan.end_place}")
+    if plan.max_length > max_length:
+        raise ValueError(f"packed_attention: max_length must be at least {plan.max_length} tokens, got {max_length}")
     return plan
 
 
@@ -142,10 +150,16 @@ def _forward(
     implementation: str,
 ) -> tuple[Tensor, Tensor]:
     with torch.autocast(query.device.type, enabled=False):  # scores and softmax stay in float32
-        plan = _plan(segments, host_segments, len(key), bias)
-        fused = implementation == "sdpa"
-        out = _buckets.attend(query, key, value, plan, bias, cls_only, scale, fused)
-        return out, _no_lse(query)
+        if implementation == "triton":
+            from vlmo_fast.kernels import attention as kernels
+
+            whole, alignment = _facts(query, key, segments, host_segments, bias, max_length, cls_only)
+            out = _room(query, whole)
+            stats = kernels.forward(query, key, value, segments, bias, max_length, cls_only, scale, alignment, out)
+            return out, stats
+        plan = _plan(segments, host_segments, len(key), bias, max_length)
+        out = _buckets.attend(query, key, value, plan, bias, cls_only, scale, implementation == "sdpa")
+        return out, query.new_empty(0, dtype=torch.float32)
 
 
 def _backward(
@@ -157,7 +171,7 @@ def _backward(
     host_segments: Tensor | None,
     bias: Tensor | None,
     out: Tensor,
-    lse: Tensor,
+    stats: Tensor,
     max_length: int,
     cls_only: bool,
     scale: float,
@@ -165,16 +179,51 @@ def _backward(
     implementation: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     with torch.autocast(query.device.type, enabled=False):
-        plan = _plan(segments, host_segments, len(key), bias)
+        if implementation == "triton":
+            from vlmo_fast.kernels import attention as kernels
+
+            whole, alignment = _facts(query, key, segments, host_segments, bias, max_length, cls_only)
+            all_keys = whole if not cls_only else _facts(key, key, segments, host_segments, bias, max_length, False)[0]
+            d_query, d_key, d_value = _room(query, whole), _room(key, all_keys), _room(value, all_keys)
+            d_bias = None
+            if bias is not None and bias_grad:
+                d_bias = torch.empty_like(bias, memory_format=torch.contiguous_format)
+            kernels.backward(
+                *(grad, query, key, value, segments, bias, out, stats, max_length, cls_only, scale, alignment),
+                *(d_query, d_key, d_value, d_bias),
+            )
+            return d_query, d_key, d_value, query.new_empty(0) if d_bias is None else d_bias
+        plan = _plan(segments, host_segments, len(key), bias, max_length)
         return _buckets.attend_backward(grad, query, key, value, plan, bias, cls_only, scale, bias_grad)
 
 
-def _no_lse(query: Tensor) -> Tensor:
-    return query.new_empty(0, dtype=torch.float32)
+def _facts(
+    query: Tensor,
+    key: Tensor,
+    segments: Tensor,
+    host_segments: Tensor | None,
+    bias: Tensor | None,
+    max_length: int,
+    cls_only: bool,
+) -> tuple[bool, int]:
+    """Whether each row of the query belongs to a sequence, and the alignment of bias rows, as far as the host knows."""
+    if segments.device.type != "cpu" and host_segments is None:
+        return False, 1
+    plan = _plan(segments, host_segments, len(key), bias, max_length)
+    whole = not plan.empty_sequences if cls_only else plan.num_tokens == len(query)
+    return whole, plan.place_alignment
 
 
-def _fake(query: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return query.new_empty(query.shape), _no_lse(query)
+def _room(like: Tensor, whole: bool) -> Tensor:
+    """A contiguous tensor for results: zeros where some rows may belong to no sequence."""
+    make = torch.empty if whole else torch.zeros
+    return make(like.shape, dtype=like.dtype, device=like.device)
+
+
+def _fake(query: Tensor, key: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    implementation = rest[-1]
+    stats = (2, key.shape[1], query.shape[0]) if implementation == "triton" else (0,)
+    return query.new_empty(query.shape), query.new_empty(stats, dtype=torch.float32)
 
 
 def _fake_backward(
@@ -194,17 +243,17 @@ def _fake_backward(
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     query, key, value, segments, host_segments, bias, *ctx.options = inputs
-    out, lse = output
-    ctx.mark_non_differentiable(lse)
-    ctx.save_for_backward(query, key, value, segments, host_segments, bias, out, lse)
+    out, stats = output
+    ctx.mark_non_differentiable(stats)
+    ctx.save_for_backward(query, key, value, segments, host_segments, bias, out, stats)
 
 
 def _autograd(ctx: Any, grad: Tensor, _: Any) -> tuple[Any, ...]:
-    query, key, value, segments, host_segments, bias, out, lse = ctx.saved_tensors
+    query, key, value, segments, host_segments, bias, out, stats = ctx.saved_tensors
     max_length, cls_only, scale, implementation = ctx.options
     bias_grad = ctx.needs_input_grad[5]
     d_query, d_key, d_value, d_bias = torch.ops.vlmo_fast.packed_attention_backward(
-        *(grad, query, key, value, segments, host_segments, bias, out, lse),
+        *(grad, query, key, value, segments, host_segments, bias, out, stats),
         *(max_length, cls_only, scale, bias_grad, implementation),
     )
     return d_query, d_key, d_value, None, None, d_bias if bias_grad else None, None, None, None, None
@@ -218,7 +267,7 @@ torch.library.define(
 torch.library.define(
     "vlmo_fast::packed_attention_backward",
     "(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor segments, Tensor? host_segments, Tensor? bias, "
-    "Tensor out, Tensor lse, SymInt max_length, bool cls_only, float scale, bool bias_grad, str implementation) "
+    "Tensor out, Tensor stats, SymInt max_length, bool cls_only, float scale, bool bias_grad, str implementation) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
 )
 torch.library.impl("vlmo_fast::packed_attention", "default", _forward)

@@ -68,10 +68,27 @@ def _everywhere(why: str) -> Callable[[Problem], tuple[bool, str]]:
     return lambda problem: (True, why)
 
 
+@torch.compiler.assume_constant_result
+def _is_installed(package: str) -> bool:
+    return find_spec(package) is not None
+
+
+def _triton_attention(problem: Problem) -> tuple[bool, str]:
+    if problem.device != "cuda" and not problem.interpreted:
+        return False, "needs a CUDA device"
+    if not _is_installed("triton"):
+        return False, "needs the package triton"
+    if problem.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return False, "takes float32, float16 and bfloat16"
+    if problem.head_dim is not None and problem.head_dim > 128:
+        return False, "takes heads up to 128 wide"
+    return True, "reads the bias tile by tile, adds up its gradient in a fixed order, keeps no scores"
+
+
 def _takes_xformers(problem: Problem) -> tuple[bool, str]:
     if problem.device != "cuda":
         return False, f"xformers runs on CUDA devices, not on {problem.device}"
-    if find_spec("xformers") is None:
+    if not _is_installed("xformers"):
         return False, "the package xformers is not installed"
     return True, "xformers' memory-efficient attention"
 
@@ -116,6 +133,7 @@ _IMPLEMENTATIONS: dict[str, tuple[_Implementation, ...]] = {
         _Implementation("xformers", _takes_xformers, automatic=lambda problem: False),
     ),
     "packed_attention": (
+        _Implementation("triton", _triton_attention, automatic=lambda problem: problem.device == "cuda"),
         _Implementation(
             "sdpa",
             _everywhere("torch's fused attention, a call for each shape of sequence; backward written out"),

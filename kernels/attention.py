@@ -1,0 +1,823 @@
+"""Attention within packed sequences of a text and an image segment, with a bias that the batch shares.
+
+    S = scale Q K^T + bias,   P = softmax(S),   O = P V                       for each sequence and head
+    dV = P^T dO,   dS = P (dO V^T - rowsum(dO O)),   dQ = scale dS K,   dK = scale dS^T Q,   dbias = sum of dS
+
+Layout: query, key and value are (N, H, d) with any row and head stride, rows of a segment adjacent; `segments` is
+(B, 2, 3) int32, (first row, length, first bias row) of a sequence's text and image; bias is (H, R, R), contiguous along
+a row. With CLS_ONLY the query is (B, H, d), one first token a sequence.
+
+Saved are O and, for each query and head, the largest score (base 2) and 1 / sum of exp2(score - largest), (2, H, N)
+float32: as one number, the usual log-sum-exp, they would cost weights in float32 up to three bits. Scores are
+recomputed, a tile at a time, by each of three backward kernels. The bias is read tile by tile and stays in the L2
+cache, which all sequences share (1.3 MB for 12 heads of 237 tokens in bfloat16). Its gradient has a kernel of its own:
+a program owns one tile of one head, goes through the sequences of its chunk in order and adds their dS in registers,
+so nothing is added atomically, results are the same in each run, and a chunk's partial sum is written once.
+
+Products of S x S x d, in units of 2 S^2 d FLOP: forward 2, dQ 3, dK and dV 4, dbias 2. Traffic with device memory, in
+bytes a token and layer of width D = H d at 2 bytes a number: forward 8 D (Q, K, V in, O out), dQ 12 D, dK and dV 12 D,
+dbias 8 D for each pair of tiles that misses the L2 cache. At S = 237 and d = 64 the exponentials (one in the forward
+pass, three in the backward one, for each score) take as long as the products; both lie far above the memory bound.
+
+Keys are read segment by segment, so that the bias row of neighbouring keys is known to be adjacent: full tiles without
+masks, then a tail of narrow ones. Queries of both segments share a tile.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def _rows(token, row0, len0, row1):
+    """Row of a sequence's token, or its bias row: text first, then image."""
+    return tl.where(token < len0, row0 + token, row1 + token - len0)
+
+
+@triton.jit
+def _load_rows(pointer, row, column, row_stride, mask, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """(rows, BLOCK_D) of a (N, ., d) tensor whose head is already in the pointer; 0 where masked and beyond d."""
+    if HEAD_DIM == BLOCK_D:
+        keep = mask[:, None]
+    else:
+        keep = mask[:, None] & (column < HEAD_DIM)[None, :]
+    return tl.load(pointer + row.to(tl.int64)[:, None] * row_stride + column[None, :], mask=keep, other=0.0)
+
+
+@triton.jit
+def _load_keys(
+    pointer,
+    token,
+    column,
+    row_stride,
+    mask,
+    MASKED: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """(keys, BLOCK_D) of one segment, whose first row is already in the pointer: offsets fit 32 bits."""
+    offset = token[:, None] * row_stride + column[None, :]
+    if HEAD_DIM == BLOCK_D and not MASKED:
+        keys = tl.load(pointer + offset)
+    elif HEAD_DIM == BLOCK_D:
+        keys = tl.load(pointer + offset, mask=mask[:, None], other=0.0)
+    elif not MASKED:
+        keys = tl.load(pointer + offset, mask=(column < HEAD_DIM)[None, :], other=0.0)
+    else:
+        keys = tl.load(pointer + offset, mask=mask[:, None] & (column < HEAD_DIM)[None, :], other=0.0)
+    return keys
+
+
+@triton.jit
+def _scores(
+    q,
+    k,
+    bias_ptr,
+    bias_m,
+    token_n,
+    mask_m,
+    count,
+    scale,
+    MASKED: tl.constexpr,
+    ALIGN: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Base-2 scores of a tile, (M, N) float32; -inf for keys that are not there.
+
+    The mask of the bias is constant over ALIGN keys, which lets the loads be that wide; rows of the bias are padded.
+    """
+    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2_E)  # (M, N)
+    if HAS_BIAS:
+        keep = mask_m[:, None]
+        if MASKED:
+            keep &= (token_n < tl.cdiv(count, ALIGN) * ALIGN)[None, :]
+        bias = tl.load(bias_ptr + bias_m[:, None] + token_n[None, :], mask=keep, other=0.0)  # (M, N)
+        scores += bias.to(tl.float32) * LOG2_E
+    if MASKED:
+        scores = tl.where((token_n < count)[None, :], scores, float("-inf"))
+    return scores
+
+
+@triton.jit
+def _fwd_step(
+    acc,
+    top,
+    total,
+    q,
+    k_ptr,
+    v_ptr,
+    bias_ptr,
+    bias_m,
+    mask_m,
+    start,
+    count,
+    k_row_stride,
+    v_row_stride,
+    scale,
+    BLOCK: tl.constexpr,
+    MASKED: tl.constexpr,
+    ALIGN: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Online softmax over one tile of keys."""
+    token_n = start + tl.arange(0, BLOCK)  # (N,) within the segment
+    column = tl.arange(0, BLOCK_D)
+    k = _load_keys(k_ptr, token_n, column, k_row_stride, token_n < count, MASKED, HEAD_DIM, BLOCK_D)  # (N, D)
+    scores = _scores(q, k, bias_ptr, bias_m, token_n, mask_m, count, scale, MASKED, ALIGN, HAS_BIAS, PRECISION)
+    new_top = tl.maximum(top, tl.max(scores, 1))  # (M,)
+    p = tl.math.exp2(scores - new_top[:, None])  # (M, N)
+    shrink = tl.math.exp2(top - new_top)
+    total = total * shrink + tl.sum(p, 1)
+    v = _load_keys(v_ptr, token_n, column, v_row_stride, token_n < count, MASKED, HEAD_DIM, BLOCK_D)  # (N, D)
+    acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)  # (M, D)
+    return acc, new_top, total
+
+
+@triton.jit
+def _packed_attention_fwd_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    segments_ptr,
+    bias_ptr,
+    out_ptr,
+    stats_ptr,
+    q_row_stride,
+    q_head_stride,
+    k_row_stride,
+    k_head_stride,
+    v_row_stride,
+    v_head_stride,
+    bias_head_stride,
+    bias_row_stride,
+    num_rows,
+    num_heads,
+    num_tiles,
+    scale,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_TAIL: tl.constexpr,
+    ALIGN: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    CLS_ONLY: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """One tile of queries of one sequence and head."""
+    tile = tl.program_id(0) % num_tiles
+    head = (tl.program_id(0) // num_tiles % num_heads).to(tl.int64)
+    sequence = tl.program_id(0) // num_tiles // num_heads
+    table = segments_ptr + sequence * 6
+    row0, len0, place0 = tl.load(table), tl.load(table + 1), tl.load(table + 2)
+    row1, len1, place1 = tl.load(table + 3), tl.load(table + 4), tl.load(table + 5)
+    num_queries = tl.minimum(len0 + len1, 1) if CLS_ONLY else len0 + len1
+    if tile * BLOCK_M >= num_queries:
+        return
+    token_m = tile * BLOCK_M + tl.arange(0, BLOCK_M)  # (M,)
+    mask_m = token_m < num_queries
+    row_m = sequence + token_m if CLS_ONLY else _rows(token_m, row0, len0, row1)
+    bias_m = _rows(token_m, place0, len0, place1) * tl.multiple_of(bias_row_stride, ALIGN)
+    column = tl.arange(0, BLOCK_D)
+    bias_ptr += head * bias_head_stride
+    q = _load_rows(q_ptr + head * q_head_stride, row_m, column, q_row_stride, mask_m, HEAD_DIM, BLOCK_D)  # (M, D)
+
+    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    for part in range(2):
+        row, count = tl.load(table + part * 3).to(tl.int64), tl.load(table + part * 3 + 1)
+        place = tl.multiple_of(tl.load(table + part * 3 + 2), ALIGN)
+        k_part = k_ptr + row * k_row_stride + head * k_head_stride
+        v_part = v_ptr + row * v_row_stride + head * v_head_stride
+        full = count // BLOCK_N * BLOCK_N
+        for start in range(0, full, BLOCK_N):
+            acc, top, total = _fwd_step(
+                *(acc, top, total, q, k_part, v_part, bias_ptr + place, bias_m, mask_m),
+                *(start, count, k_row_stride, v_row_stride, scale),
+                *(BLOCK_N, False, ALIGN, HAS_BIAS, HEAD_DIM, BLOCK_D, PRECISION),
+            )
+        for start in range(full, count, BLOCK_TAIL):
+            acc, top, total = _fwd_step(
+                *(acc, top, total, q, k_part, v_part, bias_ptr + place, bias_m, mask_m),
+                *(start, count, k_row_stride, v_row_stride, scale),
+                *(BLOCK_TAIL, True, ALIGN, HAS_BIAS, HEAD_DIM, BLOCK_D, PRECISION),
+            )
+    inverse = 1.0 / total  # (M,)
+    out = acc * inverse[:, None]
+    row_m = row_m.to(tl.int64)
+    target = out_ptr + (row_m[:, None] * num_heads + head) * HEAD_DIM + column[None, :]
+    tl.store(target, out.to(out_ptr.dtype.element_ty), mask=mask_m[:, None] & (column < HEAD_DIM)[None, :])
+    tl.store(stats_ptr + head * num_rows + row_m, top, mask=mask_m)
+    tl.store(stats_ptr + (num_heads + head) * num_rows + row_m, inverse, mask=mask_m)
+
+
+@triton.jit
+def _bwd_dq_step(
+    sum_,
+    q,
+    d_out,
+    top,
+    delta,
+    k_ptr,
+    v_ptr,
+    bias_ptr,
+    bias_m,
+    mask_m,
+    start,
+    count,
+    k_row_stride,
+    v_row_stride,
+    scale,
+    BLOCK: tl.constexpr,
+    MASKED: tl.constexpr,
+    ALIGN: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+    TO_DELTA: tl.constexpr,
+):
+    """Add one tile of keys to rowsum(P dO V^T), (M,), or to dQ, (M, D), both still without 1 / sum."""
+    token_n = start + tl.arange(0, BLOCK)  # (N,) within the segment
+    column = tl.arange(0, BLOCK_D)
+    k = _load_keys(k_ptr, token_n, column, k_row_stride, token_n < count, MASKED, HEAD_DIM, BLOCK_D)  # (N, D)
+    v = _load_keys(v_ptr, token_n, column, v_row_stride, token_n < count, MASKED, HEAD_DIM, BLOCK_D)  # (N, D)
+    scores = _scores(q, k, bias_ptr, bias_m, token_n, mask_m, count, scale, MASKED, ALIGN, HAS_BIAS, PRECISION)
+    p = tl.math.exp2(scores - top[:, None])  # (M, N)
+    dp = tl.dot(d_out, tl.trans(v), input_precision=PRECISION)  # (M, N)
+    if TO_DELTA:
+        sum_ += tl.sum(p * dp, 1)  # (M,)
+    else:
+        ds = p * (dp - delta[:, None])
+        sum_ = tl.dot(ds.to(k.dtype), k, sum_, input_precision=PRECISION)  # (M, D)
+    return sum_
+
+
+@triton.jit
+def _bwd_dq_pass(
+    sum_,
+    q,
+    d_out,
+    top,
+    delta,
+    k_ptr,
+    v_ptr,
+    bias_ptr,
+    bias_m,
+    mask_m,
+    table,
+    k_row_stride,
+    v_row_stride,
+    scale,
+    BLOCK_N: tl.constexpr,
+    BLOCK_TAIL: tl.constexpr,
+    ALIGN: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+    TO_DELTA: tl.constexpr,
+):
+    """All keys of a sequence, for `_bwd_dq_step`."""
+    for part in range(2):
+        row, count = tl.load(table + part * 3).to(tl.int64), tl.load(table + part * 3 + 1)
+        place = tl.multiple_of(tl.load(table + part * 3 + 2), ALIGN)
+        k_part, v_part = k_ptr + row * k_row_stride, v_ptr + row * v_row_stride
+        full = count // BLOCK_N * BLOCK_N
+        for start in range(0, full, BLOCK_N):
+            sum_ = _bwd_dq_step(
+                *(sum_, q, d_out, top, delta, k_part, v_part, bias_ptr + place, bias_m, mask_m),
+                *(start, count, k_row_stride, v_row_stride, scale),
+                *(BLOCK_N, False, ALIGN, HAS_BIAS, HEAD_DIM, BLOCK_D, PRECISION, TO_DELTA),
+            )
+        for start in range(full, count, BLOCK_TAIL):
+            sum_ = _bwd_dq_step(
+                *(sum_, q, d_out, top, delta, k_part, v_part, bias_ptr + place, bias_m, mask_m),
+                *(start, count, k_row_stride, v_row_stride, scale),
+                *(BLOCK_TAIL, True, ALIGN, HAS_BIAS, HEAD_DIM, BLOCK_D, PRECISION, TO_DELTA),
+            )
+    return sum_
+
+
+@triton.jit
+def _packed_attention_bwd_dq_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    segments_ptr,
+    bias_ptr,
+    out_ptr,
+    d_out_ptr,
+    stats_ptr,
+    delta_ptr,
+    dq_ptr,
+    q_row_stride,
+    q_head_stride,
+    k_row_stride,
+    k_head_stride,
+    v_row_stride,
+    v_head_stride,
+    d_out_row_stride,
+    d_out_head_stride,
+    bias_head_stride,
+    bias_row_stride,
+    num_rows,
+    num_heads,
+    num_tiles,
+    scale,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_TAIL: tl.constexpr,
+    ALIGN: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    CLS_ONLY: tl.constexpr,
+    PRECISION: tl.constexpr,
+    EXACT: tl.constexpr,
+):
+    """One tile of queries: dQ, and rowsum(dO O) for the kernels that follow.
+
+    EXACT takes the equal rowsum(P dO V^T) instead, which cancels against dO V^T as exactly as written-out attention
+    does where a query attends to one key; O would bring in a rounding of its own.
+    """
+    tile = tl.program_id(0) % num_tiles
+    head = (tl.program_id(0) // num_tiles % num_heads).to(tl.int64)
+    sequence = tl.program_id(0) // num_tiles // num_heads
+    table = segments_ptr + sequence * 6
+    row0, len0, place0 = tl.load(table), tl.load(table + 1), tl.load(table + 2)
+    row1, len1, place1 = tl.load(table + 3), tl.load(table + 4), tl.load(table + 5)
+    num_queries = tl.minimum(len0 + len1, 1) if CLS_ONLY else len0 + len1
+    if tile * BLOCK_M >= num_queries:
+        return
+    token_m = tile * BLOCK_M + tl.arange(0, BLOCK_M)  # (M,)
+    mask_m = token_m < num_queries
+    row_m = sequence + token_m if CLS_ONLY else _rows(token_m, row0, len0, row1)
+    bias_m = _rows(token_m, place0, len0, place1) * tl.multiple_of(bias_row_stride, ALIGN)
+    column = tl.arange(0, BLOCK_D)
+    bias_ptr += head * bias_head_stride
+    d_out_ptr += head * d_out_head_stride
+    q = _load_rows(q_ptr + head * q_head_stride, row_m, column, q_row_stride, mask_m, HEAD_DIM, BLOCK_D)  # (M, D)
+    d_out = _load_rows(d_out_ptr, row_m, column, d_out_row_stride, mask_m, HEAD_DIM, BLOCK_D)  # (M, D)
+    place_in_stats = head * num_rows + row_m.to(tl.int64)
+    top = tl.load(stats_ptr + place_in_stats, mask=mask_m, other=float("inf"))  # (M,)
+    inverse = tl.load(stats_ptr + num_heads * num_rows + place_in_stats, mask=mask_m, other=0.0)  # (M,)
+    k_ptr += head * k_head_stride
+    v_ptr += head * v_head_stride
+    if EXACT:
+        delta = _bwd_dq_pass(
+            *(tl.zeros((BLOCK_M,), tl.float32), q, d_out, top, inverse, k_ptr, v_ptr, bias_ptr, bias_m, mask_m, table),
+            *(k_row_stride, v_row_stride, scale),
+            *(BLOCK_N, BLOCK_TAIL, ALIGN, HAS_BIAS, HEAD_DIM, BLOCK_D, PRECISION, True),
+        )
+        delta *= inverse  # (M,)
+    else:
+        out = _load_rows(out_ptr + head * HEAD_DIM, row_m, column, num_heads * HEAD_DIM, mask_m, HEAD_DIM, BLOCK_D)
+        delta = tl.sum(out.to(tl.float32) * d_out.to(tl.float32), 1)  # (M,)
+    tl.store(delta_ptr + place_in_stats, delta, mask=mask_m)
+    dq = _bwd_dq_pass(
+        *(
+            tl.zeros((BLOCK_M, BLOCK_D), tl.float32),
+            q,
+            d_out,
+            top,
+            delta,
+            k_ptr,
+            v_ptr,
+            bias_ptr,
+            bias_m,
+            mask_m,
+            table,
+        ),
+        *(k_row_stride, v_row_stride, scale),
+        *(BLOCK_N, BLOCK_TAIL, ALIGN, HAS_BIAS, HEAD_DIM, BLOCK_D, PRECISION, False),
+    )
+    dq *= (inverse * scale)[:, None]  # (M, D)
+    target = dq_ptr + (row_m.to(tl.int64)[:, None] * num_heads + head) * HEAD_DIM + column[None, :]
+    tl.store(target, dq.to(dq_ptr.dtype.element_ty), mask=mask_m[:, None] & (column < HEAD_DIM)[None, :])
+
+
+@triton.jit
+def _packed_attention_bwd_dkv_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    segments_ptr,
+    bias_ptr,
+    d_out_ptr,
+    stats_ptr,
+    delta_ptr,
+    dk_ptr,
+    dv_ptr,
+    q_row_stride,
+    q_head_stride,
+    k_row_stride,
+    k_head_stride,
+    v_row_stride,
+    v_head_stride,
+    d_out_row_stride,
+    d_out_head_stride,
+    bias_head_stride,
+    bias_row_stride,
+    num_rows,
+    num_heads,
+    num_tiles,
+    scale,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    ALIGN: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    CLS_ONLY: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """One tile of keys of one segment and head: dK and dV; scores are transposed, (N, M), keys first.
+
+    Keys beyond the segment's end need no mask: what they get is not stored. Queries that are not there have an infinite
+    largest score, and so no weight.
+    """
+    tile = tl.program_id(0) % num_tiles
+    head = (tl.program_id(0) // num_tiles % num_heads).to(tl.int64)
+    sequence = tl.program_id(0) // num_tiles // num_heads
+    table = segments_ptr + sequence * 6
+    row0, len0, place0 = tl.load(table), tl.load(table + 1), tl.load(table + 2)
+    row1, len1, place1 = tl.load(table + 3), tl.load(table + 4), tl.load(table + 5)
+    num_text_tiles = tl.cdiv(len0, BLOCK_N)
+    in_text = tile < num_text_tiles
+    part = table + (0 if in_text else 3)
+    row, count, place = tl.load(part), tl.load(part + 1), tl.multiple_of(tl.load(part + 2), ALIGN)
+    start = (tile if in_text else tile - num_text_tiles) * BLOCK_N
+    if start >= count:
+        return
+    token_n = start + tl.arange(0, BLOCK_N)  # (N,) within the segment
+    mask_n = token_n < count
+    row_n = row + token_n
+    column = tl.arange(0, BLOCK_D)
+    k = _load_rows(k_ptr + head * k_head_stride, row_n, column, k_row_stride, mask_n, HEAD_DIM, BLOCK_D)  # (N, D)
+    v = _load_rows(v_ptr + head * v_head_stride, row_n, column, v_row_stride, mask_n, HEAD_DIM, BLOCK_D)  # (N, D)
+    q_ptr += head * q_head_stride
+    d_out_ptr += head * d_out_head_stride
+    bias_ptr += head * bias_head_stride + place
+
+    dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    num_queries = 1 if CLS_ONLY else len0 + len1
+    for first in range(0, num_queries, BLOCK_M):
+        token_m = first + tl.arange(0, BLOCK_M)  # (M,)
+        mask_m = token_m < num_queries
+        row_m = sequence + token_m if CLS_ONLY else _rows(token_m, row0, len0, row1)
+        q = _load_rows(q_ptr, row_m, column, q_row_stride, mask_m, HEAD_DIM, BLOCK_D)  # (M, D)
+        d_out = _load_rows(d_out_ptr, row_m, column, d_out_row_stride, mask_m, HEAD_DIM, BLOCK_D)  # (M, D)
+        place_in_stats = head * num_rows + row_m.to(tl.int64)
+        top = tl.load(stats_ptr + place_in_stats, mask=mask_m, other=float("inf"))  # (M,)
+        inverse = tl.load(stats_ptr + num_heads * num_rows + place_in_stats, mask=mask_m, other=0.0)  # (M,)
+        delta = tl.load(delta_ptr + place_in_stats, mask=mask_m, other=0.0)  # (M,)
+        scores = tl.dot(k, tl.trans(q), input_precision=PRECISION) * (scale * LOG2_E)  # (N, M)
+        if HAS_BIAS:
+            bias_m = _rows(token_m, place0, len0, place1) * tl.multiple_of(bias_row_stride, ALIGN)
+            keep = mask_m[:, None] & (token_n < tl.cdiv(count, ALIGN) * ALIGN)[None, :]  # constant over ALIGN keys
+            bias = tl.load(bias_ptr + bias_m[:, None] + token_n[None, :], mask=keep, other=0.0)  # (M, N)
+            scores += tl.trans(bias).to(tl.float32) * LOG2_E
+        p = tl.math.exp2(scores - top[None, :]) * inverse[None, :]  # (N, M)
+        dv = tl.dot(p.to(d_out.dtype), d_out, dv, input_precision=PRECISION)  # (N, D)
+        dp = tl.dot(v, tl.trans(d_out), input_precision=PRECISION)  # (N, M)
+        ds = p * (dp - delta[None, :])
+        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)  # (N, D)
+    offset = (row_n.to(tl.int64)[:, None] * num_heads + head) * HEAD_DIM + column[None, :]
+    keep = mask_n[:, None] & (column < HEAD_DIM)[None, :]
+    tl.store(dk_ptr + offset, (dk * scale).to(dk_ptr.dtype.element_ty), mask=keep)
+    tl.store(dv_ptr + offset, dv.to(dv_ptr.dtype.element_ty), mask=keep)
+
+
+@triton.jit
+def _packed_attention_bwd_dbias_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    segments_ptr,
+    bias_ptr,
+    d_out_ptr,
+    stats_ptr,
+    delta_ptr,
+    d_bias_ptr,
+    q_row_stride,
+    q_head_stride,
+    k_row_stride,
+    k_head_stride,
+    v_row_stride,
+    v_head_stride,
+    d_out_row_stride,
+    d_out_head_stride,
+    bias_head_stride,
+    bias_row_stride,
+    num_rows,
+    num_heads,
+    num_sequences,
+    num_places,
+    scale,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    CHUNK: tl.constexpr,
+    CLS_ONLY: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """The gradient of one tile of the bias of one head, summed over a chunk of CHUNK sequences in their order."""
+    num_tiles_n = tl.cdiv(num_places, BLOCK_N)
+    num_tiles = tl.cdiv(num_places, BLOCK_M) * num_tiles_n
+    tile = tl.program_id(0) % num_tiles
+    head = (tl.program_id(0) // num_tiles % num_heads).to(tl.int64)
+    chunk = tl.program_id(0) // num_tiles // num_heads
+    first_m, first_n = tile // num_tiles_n * BLOCK_M, tile % num_tiles_n * BLOCK_N
+    place_m = first_m + tl.arange(0, BLOCK_M)  # (M,) rows of the bias
+    place_n = first_n + tl.arange(0, BLOCK_N)  # (N,)
+    column = tl.arange(0, BLOCK_D)
+    keep = (place_m < num_places)[:, None] & (place_n < num_places)[None, :]
+    offset = place_m.to(tl.int64)[:, None] * bias_row_stride + place_n[None, :]
+    bias = tl.load(bias_ptr + head * bias_head_stride + offset, mask=keep, other=0.0)  # (M, N)
+    q_ptr += head * q_head_stride
+    k_ptr += head * k_head_stride
+    v_ptr += head * v_head_stride
+    d_out_ptr += head * d_out_head_stride
+
+    # The sequences from the first to the last of the chunk that have tokens in both sides of the tile.
+    number = chunk * CHUNK + tl.arange(0, CHUNK)
+    there = number < num_sequences
+    rows = segments_ptr + number * 6
+    text_len, text = tl.load(rows + 1, mask=there, other=0), tl.load(rows + 2, mask=there, other=0)
+    image_len, image = tl.load(rows + 4, mask=there, other=0), tl.load(rows + 5, mask=there, other=0)
+    if CLS_ONLY:
+        cls = tl.where(text_len > 0, text, image)
+        in_m = (text_len + image_len > 0) & (cls >= first_m) & (cls < first_m + BLOCK_M)
+    else:
+        in_m = (text_len > 0) & (text < first_m + BLOCK_M) & (text + text_len > first_m)
+        in_m |= (image_len > 0) & (image < first_m + BLOCK_M) & (image + image_len > first_m)
+    in_n = (text_len > 0) & (text < first_n + BLOCK_N) & (text + text_len > first_n)
+    in_n |= (image_len > 0) & (image < first_n + BLOCK_N) & (image + image_len > first_n)
+    start = tl.min(tl.where(in_m & in_n, number, num_sequences), 0)
+    stop = tl.max(tl.where(in_m & in_n, number + 1, 0), 0)
+
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for sequence in range(start, stop):
+        table = segments_ptr + sequence * 6
+        row0, len0, place0 = tl.load(table), tl.load(table + 1), tl.load(table + 2)
+        row1, len1, place1 = tl.load(table + 3), tl.load(table + 4), tl.load(table + 5)
+        text_n, image_n = place_n - place0, place_n - place1  # tokens of either segment that the bias rows stand for
+        in_text_n = (text_n >= 0) & (text_n < len0)
+        mask_n = in_text_n | ((image_n >= 0) & (image_n < len1))
+        row_n = tl.where(in_text_n, row0 + text_n, row1 + image_n)
+        if CLS_ONLY:
+            mask_m = place_m == tl.where(len0 > 0, place0, place1)
+            mask_m &= len0 + len1 > 0
+            row_m = sequence + tl.zeros_like(place_m)
+        else:
+            text_m, image_m = place_m - place0, place_m - place1
+            in_text_m = (text_m >= 0) & (text_m < len0)
+            mask_m = in_text_m | ((image_m >= 0) & (image_m < len1))
+            row_m = tl.where(in_text_m, row0 + text_m, row1 + image_m)
+        q = _load_rows(q_ptr, row_m, column, q_row_stride, mask_m, HEAD_DIM, BLOCK_D)  # (M, D)
+        k = _load_rows(k_ptr, row_n, column, k_row_stride, mask_n, HEAD_DIM, BLOCK_D)  # (N, D)
+        v = _load_rows(v_ptr, row_n, column, v_row_stride, mask_n, HEAD_DIM, BLOCK_D)  # (N, D)
+        d_out = _load_rows(d_out_ptr, row_m, column, d_out_row_stride, mask_m, HEAD_DIM, BLOCK_D)  # (M, D)
+        place_in_stats = head * num_rows + row_m.to(tl.int64)
+        top = tl.load(stats_ptr + place_in_stats, mask=mask_m, other=float("inf"))  # (M,)
+        inverse = tl.load(stats_ptr + num_heads * num_rows + place_in_stats, mask=mask_m, other=0.0)  # (M,)
+        delta = tl.load(delta_ptr + place_in_stats, mask=mask_m, other=0.0)  # (M,)
+        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2_E)  # (M, N)
+        scores += bias.to(tl.float32) * LOG2_E
+        p = tl.math.exp2(tl.where(mask_n[None, :], scores - top[:, None], float("-inf"))) * inverse[:, None]  # (M, N)
+        dp = tl.dot(d_out, tl.trans(v), input_precision=PRECISION)  # (M, N)
+        acc += p * (dp - delta[:, None])
+    offset = ((chunk * num_heads + head) * num_places + place_m[:, None]) * num_places + place_n[None, :]
+    tl.store(d_bias_ptr + offset, acc.to(d_bias_ptr.dtype.element_ty), mask=keep)
+
+
+def _tiles(max_length: int, width: int, dtype: torch.dtype, capability: int) -> dict[str, dict[str, int]]:
+    """Tile sizes, warps and pipeline stages of each kernel; from host numbers alone, so that a graph can keep them.
+
+    The sizes are those at which the compiler spills no register for heads of up to 64 and of up to 128; the
+    tests build all of them. Not tuned on a GPU yet.
+
+    Args:
+        max_length: tokens of the longest sequence.
+        width: head size rounded up to a power of two, 16 to 128.
+        dtype: of the query.
+        capability: the GPU's major number, 8, 9 or 10.
+    """
+    limit = max(16, triton.next_power_of_2(max_length))  # short texts fill no large tile
+    if dtype == torch.float32:  # 3xTF32: operands are split in registers
+        sizes = {"fwd": (32, 32), "bwd_dq": (32, 32), "bwd_dkv": (32, 32), "bwd_dbias": (32, 16)}
+    elif width > 64:
+        sizes = {"fwd": (64, 32), "bwd_dq": (64, 32), "bwd_dkv": (64, 32), "bwd_dbias": (64, 32)}
+    elif capability < 9:
+        sizes = {"fwd": (64, 64), "bwd_dq": (64, 32), "bwd_dkv": (64, 32), "bwd_dbias": (64, 32)}
+    else:
+        sizes = {"fwd": (64, 64), "bwd_dq": (64, 64), "bwd_dkv": (64, 64), "bwd_dbias": (64, 64)}
+    tiles = {}
+    for name, (queries, keys) in sizes.items():
+        queries, keys = min(queries, limit), min(keys, limit)
+        many = (dtype == torch.float32 and keys == 32) or (capability >= 10 and queries == 64)
+        warps = 8 if many else min(4, max(1, queries // 16))
+        tiles[name] = {"BLOCK_M": queries, "BLOCK_N": keys, "num_warps": warps, "num_stages": 2}
+    for name in ("fwd", "bwd_dq"):
+        tiles[name]["BLOCK_TAIL"] = min(32, tiles[name]["BLOCK_N"])
+    return tiles
+
+
+def _strides(x: torch.Tensor) -> tuple[int, int]:
+    return x.stride(0), x.stride(1)
+
+
+def _lanes(x: torch.Tensor) -> torch.Tensor:
+    """The tensor itself where its last dimension is contiguous, else a copy."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _capability(x: torch.Tensor) -> int:
+    return torch.cuda.get_device_capability(x.device)[0] if x.is_cuda else 9  # the interpreter's tiles: any
+
+
+def _precision(dtype: torch.dtype) -> str:
+    """float32 products in three TF32 ones, exact to about float32's rounding; the other dtypes have but one way."""
+    return "tf32x3" if dtype == torch.float32 else "tf32"
+
+
+class _Call:
+    """What the launchers share: tensors with contiguous lanes, sizes, and the compile-time options."""
+
+    def __init__(self, query, key, value, segments, bias, max_length, cls_only, scale, place_alignment) -> None:
+        self.query, self.key, self.value, self.segments = _lanes(query), _lanes(key), _lanes(value), segments
+        self.num_sequences, self.num_heads, width = len(segments), key.shape[1], key.shape[2]
+        self.num_rows = len(query)
+        self.max_length, self.cls_only, self.scale = max_length, cls_only, scale
+        block = max(16, triton.next_power_of_2(width))
+        self.tiles = _tiles(max_length, block, query.dtype, _capability(query))
+        self.bias = query.new_empty(1, 1, 1) if bias is None else _lanes(bias)
+        self.align = 1
+        if bias is not None:
+            self.bias, self.align = _aligned(self.bias, place_alignment)
+        self.options = {
+            "HEAD_DIM": width,
+            "BLOCK_D": block,
+            "CLS_ONLY": cls_only,
+            "PRECISION": _precision(query.dtype),
+        }
+
+    def __getitem__(self, name: str):
+        return self.tiles[name]
+
+
+def _aligned(bias: torch.Tensor, alignment: int) -> tuple[torch.Tensor, int]:
+    """A bias whose rows start at multiples of `alignment` numbers and may be read to the next multiple; what it is.
+
+    Rows of 237 numbers would be read one number at a time; padding them to 240 costs one copy of the bias.
+    """
+    heads, places, width = bias.shape
+    padded_width = triton.cdiv(width, 8) * 8
+    held = bias.untyped_storage().size() // bias.element_size() - bias.storage_offset()
+    end = (heads - 1) * bias.stride(0) + (places - 1) * bias.stride(1) + padded_width
+    if alignment > 1 and (bias.stride(1) % alignment or bias.stride(1) < padded_width or held < end):
+        padded = bias.new_empty(heads, places, padded_width)
+        padded[..., :width].copy_(bias)
+        bias = padded[..., :width]
+    if bias.data_ptr() % (alignment * bias.element_size()) or bias.stride(0) % alignment:
+        return bias, 1
+    return bias, alignment
+
+
+def forward(query, key, value, segments, bias, max_length, cls_only, scale, place_alignment, out):
+    """Write the attention into `out`; rows of no sequence stay as they are.
+
+    Args:
+        query: (N, H, d), or (B, H, d) with `cls_only`; float32, float16 or bfloat16.
+        key: (N, H, d).
+        value: (N, H, d).
+        segments: (B, 2, 3) int32.
+        bias: (H, R, R) or None.
+        max_length: tokens of the longest sequence, or an upper bound.
+        cls_only: whether a sequence has one query, its first token.
+        scale: factor of the scores.
+        place_alignment: a power of two up to 8 that divides every first bias row.
+        out: like the query, contiguous.
+
+    Returns:
+        (2, H, N or B) float32: of each query the largest score, base 2, and 1 / sum of exp2(score - largest).
+    """
+    call = _Call(query, key, value, segments, bias, max_length, cls_only, scale, place_alignment)
+    stats = torch.empty((2, call.num_heads, call.num_rows), dtype=torch.float32, device=query.device)
+    tiles = call["fwd"]
+    num_tiles = 1 if cls_only else triton.cdiv(max_length, tiles["BLOCK_M"])
+    grid = num_tiles * call.num_heads * call.num_sequences
+    if grid:
+        _packed_attention_fwd_kernel[(grid,)](
+            *(call.query, call.key, call.value, segments, call.bias, out, stats),
+            *(*_strides(call.query), *_strides(call.key), *_strides(call.value), *_strides(call.bias)),
+            *(call.num_rows, call.num_heads, num_tiles, scale),
+            **call.options,
+            **tiles,
+            ALIGN=call.align,
+            HAS_BIAS=bias is not None,
+        )
+    return stats
+
+
+def backward(
+    grad,
+    query,
+    key,
+    value,
+    segments,
+    bias,
+    out,
+    stats,
+    max_length,
+    cls_only,
+    scale,
+    place_alignment,
+    dq,
+    dk,
+    dv,
+    d_bias,
+):
+    """Write the gradients of query, key and value, and of the bias where `d_bias` is not None.
+
+    Args: as for `forward`, and
+        grad: gradient of `out`, any row and head stride.
+        out: what `forward` wrote.
+        stats: what `forward` returned.
+        dq: like the query, contiguous.
+        dk: like the key, contiguous.
+        dv: like the value, contiguous.
+        d_bias: (H, R, R) contiguous, or None.
+    """
+    call = _Call(query, key, value, segments, bias, max_length, cls_only, scale, place_alignment)
+    grad = _lanes(grad)
+    delta = torch.empty_like(stats[0])
+    tensors = (call.query, call.key, call.value, segments, call.bias)
+    strides = (
+        *(*_strides(call.query), *_strides(call.key), *_strides(call.value), *_strides(grad)),
+        *_strides(call.bias),
+    )
+    options = call.options | {"ALIGN": call.align, "HAS_BIAS": bias is not None}
+    launches = call.num_heads * call.num_sequences
+    if not launches or not max_length:
+        if d_bias is not None:
+            d_bias.zero_()
+        return
+    num_tiles = 1 if cls_only else triton.cdiv(max_length, call["bwd_dq"]["BLOCK_M"])
+    _packed_attention_bwd_dq_kernel[(num_tiles * launches,)](
+        *tensors,
+        *(out, grad, stats, delta, dq),
+        *strides,
+        *(call.num_rows, call.num_heads, num_tiles, scale),
+        **options,
+        **call["bwd_dq"],
+        EXACT=query.dtype == torch.float32,
+    )
+    tiles = call["bwd_dkv"]
+    num_tiles = triton.cdiv(max_length, tiles["BLOCK_N"]) + 1  # each segment may end in a tile that is not full
+    _packed_attention_bwd_dkv_kernel[(num_tiles * launches,)](
+        *tensors,
+        *(grad, stats, delta, dk, dv),
+        *strides,
+        *(call.num_rows, call.num_heads, num_tiles, scale),
+        **options,
+        **tiles,
+    )
+    if d_bias is None:
+        return
+    tiles, num_places = call["bwd_dbias"], bias.shape[1]
+    num_tiles = triton.cdiv(num_places, tiles["BLOCK_M"]) * triton.cdiv(num_places, tiles["BLOCK_N"])
+    chunk = _chunk(call.num_sequences, num_tiles * call.num_heads)
+    num_chunks = triton.cdiv(call.num_sequences, chunk)
+    partial = d_bias if num_chunks == 1 else d_bias.new_empty((num_chunks, *d_bias.shape), dtype=torch.float32)
+    _packed_attention_bwd_dbias_kernel[(num_tiles * call.num_heads * num_chunks,)](
+        *tensors,
+        *(grad, stats, delta, partial),
+        *strides,
+        *(call.num_rows, call.num_heads, call.num_sequences, num_places, scale),
+        **call.options,
+        **tiles,
+        CHUNK=chunk,
+    )
+    if num_chunks > 1:
+        torch.sum(partial, 0, out=d_bias) if d_bias.dtype == torch.float32 else d_bias.copy_(partial.sum(0))
+
+
+def _chunk(num_sequences: int, num_programs: int) -> int:
+    """Sequences that one program of the bias gradient adds up: a power of two, by which few programs keep a GPU busy.
+
+    About a thousand programs is four to eight a multiprocessor; a chunk of partial sums costs as much traffic as 16
+    sequences of its tile, so chunks are no smaller.
+    """
+    wanted = triton.cdiv(num_sequences * num_programs, 1024)
+    return min(max(16, triton.next_power_of_2(wanted)), triton.next_power_of_2(num_sequences), 1024)

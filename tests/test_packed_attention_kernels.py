@@ -1,0 +1,186 @@
+"""The Triton kernels of packed attention: interpreted against the reference, and what the compiler makes of them."""
+
+import numpy as np
+import pytest
+import tolerances
+import torch
+from test_packed_attention import oracle, problem, run
+from triton_aot import Job, check_build, compile_ahead
+
+from vlmo_fast.kernels import attention as kernels
+
+GPU = torch.cuda.is_available()
+
+
+@pytest.fixture(autouse=True)
+def _bfloat16(monkeypatch):
+    """Triton's interpreter keeps bfloat16 as 16-bit integers, multiplies those, and rounds to bfloat16 downwards."""
+    if GPU:
+        return
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    multiply, convert = interpreter.InterpreterBuilder.create_dot, interpreter._convert_float
+
+    def widened(handle):
+        if handle.dtype.scalar != tl.bfloat16:
+            return handle
+        return interpreter.TensorHandle((handle.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+
+    def create_dot(self, a, b, *rest):
+        return multiply(self, widened(a), widened(b), *rest)
+
+    def convert_float(data, source, target, rounding_mode):
+        if (source, target) != (tl.float32, tl.bfloat16):
+            return convert(data, source, target, rounding_mode)
+        rounded = torch.from_numpy(np.ascontiguousarray(data)).to(torch.bfloat16).view(torch.int16)
+        return rounded.numpy().view(np.uint16)
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", create_dot)
+    monkeypatch.setattr(interpreter, "_convert_float", convert_float)
+
+
+def compare(tensors, segments, longest, cls_only=False, **kwargs):
+    """Values and gradients of the kernels against the oracle, within the bounds of `tolerances`."""
+    device = "cuda" if GPU else "cpu"
+    present = [x for x in tensors if x is not None]
+    ours = [None if x is None else x.detach().to(device).requires_grad_() for x in tensors]
+    out = run(ours, segments.to(device), longest, cls_only=cls_only, backend="triton", **kwargs)
+    exact, leaves = oracle(tensors, segments, cls_only)
+    eager = run(tensors, segments, longest, cls_only=cls_only, backend="eager")
+    seed = torch.randn_like(eager)
+    found = torch.autograd.grad(out, [x for x in ours if x is not None], seed.to(device))
+    wanted = torch.autograd.grad(exact, leaves, seed.double())
+    others = torch.autograd.grad(eager, present, seed)
+    names = ["out", "query", "key", "value", "bias"]
+    for name, actual, truth, other in zip(names, (out, *found), (exact, *wanted), (eager, *others), strict=False):
+        tolerances.check(name, actual.cpu(), truth, other)
+
+
+# Lengths around the tiles of 16 and 32 that short sequences get, in as few sequences as show them.
+LENGTHS = [(15, 0), (3, 14), (0, 33), (0, 0), (16, 1), (17, 0)]
+
+
+@pytest.mark.usefixtures("nan_filled_empty")
+@pytest.mark.parametrize(
+    ("dtype", "width", "bias", "cls_only"),
+    [
+        (torch.float32, 16, True, False),
+        (torch.float16, 34, True, False),  # base_plus: masked inside the kernel
+        (torch.bfloat16, 16, True, False),
+        (torch.bfloat16, 34, False, True),
+        (torch.float32, 16, True, True),
+    ],
+    ids=str,
+)
+def test_values_and_gradients(dtype, width, bias, cls_only):
+    heads = 2 if dtype == torch.float32 else 1
+    compare(
+        *problem(LENGTHS, heads=heads, width=width, dtype=dtype, bias=bias, cls_only=cls_only, places=75, gap=1),
+        cls_only,
+    )
+
+
+@pytest.mark.parametrize("width", [32, 64, 128])
+def test_head_sizes(width):
+    compare(*problem([(5, 12), (7, 0)], heads=1, width=width, dtype=torch.float32))
+
+
+@pytest.mark.usefixtures("nan_filled_empty")
+@pytest.mark.parametrize("cls_only", [False, True], ids=["all", "cls"])
+def test_bias_gradient_in_chunks(cls_only, monkeypatch):
+    """Partial sums of two sequences each, some of which have no token in a tile."""
+    monkeypatch.setattr(kernels, "_chunk", lambda *_: 2)
+    lengths = [(2, 0), (1, 0), (0, 3), (2, 0), (1, 2)]
+    compare(*problem(lengths, heads=2, width=16, dtype=torch.float32, cls_only=cls_only, places=45), cls_only)
+
+
+def test_few_chunks_of_many_sequences():
+    """At least 16 sequences a chunk, about a thousand programs, and all sequences covered."""
+    for sequences in (1, 15, 17, 256, 1000, 100_000):
+        for programs in (1, 96, 5000):
+            chunk = kernels._chunk(sequences, programs)
+            assert chunk & (chunk - 1) == 0
+            assert 1 <= chunk <= 1024
+            assert chunk >= 16 or chunk >= sequences
+
+
+def test_a_bias_with_padded_rows_is_not_copied():
+    """Rows of 45 numbers at multiples of 8 can be read 16 bytes at a time; where they lie otherwise they are copied."""
+    padded = torch.zeros(2, 45, 48)[..., :45]
+    assert kernels._aligned(padded, 8) == (padded, 8)
+    for other in (torch.zeros(2, 45, 45), torch.zeros(2 * 45 * 48 - 3).as_strided((2, 45, 45), (45 * 48, 48, 1))):
+        copy, alignment = kernels._aligned(other, 8)
+        assert alignment == 8
+        assert copy.stride() == (45 * 48, 48, 1)
+        assert torch.equal(copy, other)
+    assert kernels._aligned(torch.zeros(2, 45, 45), 1)[1] == 1
+    assert kernels._aligned(torch.zeros(2 * 45 * 48 + 1)[1:].view(2, 45, 48), 8)[1] == 1  # starts between multiples
+
+
+# What the compiler makes of them
+
+KERNELS = ("fwd", "bwd_dq", "bwd_dkv", "bwd_dbias")
+TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+
+
+def job(kind, capability, dtype=torch.bfloat16, width=64, *, bias=True, cls_only=False, max_length=237):
+    """A kernel as the launchers call it, with the bias of a model in mixed precision and padded rows."""
+    kernel = getattr(kernels, f"_packed_attention_{kind}_kernel")
+    names = kernel.arg_names if hasattr(kernel, "arg_names") else list(kernel.signature.parameters)
+    block = max(16, 1 << (width - 1).bit_length())
+    options = kernels._tiles(max_length, block, dtype, capability // 10)[kind]
+    warps, stages = options.pop("num_warps"), options.pop("num_stages")
+    options |= {"HEAD_DIM": width, "BLOCK_D": block, "CLS_ONLY": cls_only, "PRECISION": kernels._precision(dtype)}
+    options |= {"CHUNK": 64} if kind == "bwd_dbias" else {"ALIGN": 8, "HAS_BIAS": bias}
+    if kind == "bwd_dq":
+        options["EXACT"] = dtype == torch.float32
+    types = dict.fromkeys(("stats_ptr", "delta_ptr", "d_bias_ptr"), "*fp32") | {"segments_ptr": "*i32", "scale": "fp32"}
+    signature = {}
+    for name in names:
+        if name not in options:
+            default = f"*{TYPES[dtype]}" if name.endswith("_ptr") else "i32"
+            signature[name] = types.get(name, default)
+    strides = tuple(name for name in signature if name.endswith("_stride") and (width % 16 == 0 or "bias" in name))
+    return Job(
+        f"vlmo_fast.kernels.attention:_packed_attention_{kind}_kernel",
+        signature,
+        options,
+        divisible=strides,
+        num_warps=warps,
+        num_stages=stages,
+    )
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100])
+def test_builds(capability):
+    """Base, 224 px, bfloat16: tensor cores, no spills, 16-byte copies into shared memory, also of the bias."""
+    for kind, build in zip(
+        KERNELS, compile_ahead(*(job(kind, capability) for kind in KERNELS), capability=capability), strict=True
+    ):
+        check_build(build)
+        assert "cp.async.cg.shared.global" in build.ptx, kind
+        assert "ld.global.b16" not in build.ptx or kind == "bwd_dbias", kind  # that one loads its bias once
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize(
+    ("dtype", "width", "options"),
+    [
+        (torch.float32, 64, {}),
+        (torch.float16, 34, {"bias": False}),
+        (torch.bfloat16, 16, {}),
+        (torch.bfloat16, 32, {}),
+        (torch.bfloat16, 128, {}),
+        (torch.bfloat16, 64, {"cls_only": True}),
+        (torch.bfloat16, 64, {"max_length": 16}),
+        (torch.float16, 64, {"max_length": 40}),
+    ],
+    ids=str,
+)
+def test_all_builds(capability, dtype, width, options):
+    jobs = [job(kind, capability, dtype, width, **options) for kind in KERNELS]
+    for build in compile_ahead(*jobs, capability=capability):
+        check_build(build, tensor_cores=False)
+        assert any(build.count(name) for name in ("HMMA", "HGMMA", "UTCHMMA"))
