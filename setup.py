@@ -1,21 +1,34 @@
 """Declares what pyproject.toml cannot: compiled extensions.
 
-The metadata is all in pyproject.toml. Installing never needs a compiler, so nothing is compiled unless asked for:
+The metadata is all in pyproject.toml. Installing never needs a compiler:
 
+    pip install .                             a wheel of Python and sources; `vlmo-fast build` compiles them later
+    pip install --no-build-isolation .        the same, and at once the CPU library where torch, ninja and g++ are;
+                                              the wheel is then one for this platform, for any Python
     python setup.py build_ext --inplace       in a checkout; the same as `vlmo-fast build`
-    python setup.py build_ext bdist_wheel     a wheel for this platform that holds the CPU library, for any Python
 
-Both need torch to be there already, that is no build isolation.
+An editable install compiles nothing.
 """
 
+import os
+import shutil
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import ClassVar
 
 from setuptools import Command, setup
 from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build import build as build_command
 
 ROOT = Path(__file__).resolve().parent
+
+
+def can_compile() -> bool:
+    """Whether torch, ninja and a C++ compiler are here. Under build isolation torch is not."""
+    tools = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    compiler = shutil.which(os.environ.get("CXX", "g++"))
+    return find_spec("torch") is not None and shutil.which("ninja", path=tools) is not None and compiler is not None
 
 
 class BuildExtensions(Command):
@@ -38,6 +51,10 @@ class BuildExtensions(Command):
         if not self.inplace:
             self.distribution.has_ext_modules = lambda: True
 
+    def get_source_files(self) -> list[str]:
+        """None: they travel as package data."""
+        return []
+
     def run(self) -> None:
         """Builds, and copies the libraries beside the modules that a wheel is made of."""
         sys.path.insert(0, str(ROOT))
@@ -51,8 +68,31 @@ class BuildExtensions(Command):
                 self.copy_file(str(library), str(target))
 
 
+class Build(build_command):
+    """Compiles the CPU library for a wheel where that is possible; a failure costs the library, not the install."""
+
+    sub_commands: ClassVar = [command for command in build_command.sub_commands if command[0] != "build_ext"]
+
+    def run(self) -> None:
+        """The library, then all else. Editable installs run the sub-commands alone."""
+        if can_compile():
+            try:
+                self.run_command("build_ext")
+            except Exception as error:  # whatever a compiler does
+                self.warn(f"the CPU library was not built, `vlmo-fast build cpu` tries again: {error}")
+                self.distribution.has_ext_modules = lambda: False
+                self.get_finalized_command("bdist_wheel").root_is_pure = True
+        super().run()
+
+
 class AnyPython(bdist_wheel):
     """The libraries use torch's stable ABI and nothing of Python's: only the platform goes into the wheel's tag."""
+
+    def finalize_options(self) -> None:
+        """A wheel that will hold a library is for one platform."""
+        if can_compile():
+            self.distribution.has_ext_modules = lambda: True
+        super().finalize_options()
 
     def get_tag(self) -> tuple[str, str, str]:
         """As setuptools has it, for any Python."""
@@ -60,4 +100,4 @@ class AnyPython(bdist_wheel):
         return "py3", "none", platform
 
 
-setup(cmdclass={"build_ext": BuildExtensions, "bdist_wheel": AnyPython})
+setup(cmdclass={"build": Build, "build_ext": BuildExtensions, "bdist_wheel": AnyPython})

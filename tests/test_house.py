@@ -42,7 +42,7 @@ def python(code: str, *flags: str, cwd: Path = ROOT, **environment: str) -> str:
 
 
 def copy_of_checkout(folder: Path) -> Path:
-    ignore = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "build", "dist", "runs", "demo-output")
+    ignore = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "build", "dist", "runs", "demo-output", "_lib")
     return Path(shutil.copytree(ROOT, folder / "checkout", symlinks=True, ignore=ignore))
 
 
@@ -159,10 +159,11 @@ class Built(NamedTuple):
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
-    """An sdist of a copy of the checkout, and a wheel made from that sdist; no network."""
+    """An sdist of a copy of the checkout, and a wheel made from that sdist; no network, and no compiler."""
     folder = tmp_path_factory.mktemp("built")
     checkout = copy_of_checkout(folder)
-    run(sys.executable, "-m", "build", "--no-isolation", "--outdir", str(folder), cwd=checkout)
+    command = (sys.executable, "-m", "build", "--no-isolation", "--outdir", str(folder))
+    run(*command, cwd=checkout, CXX="no-such-compiler")
     return Built(next(folder.glob("*.whl")), next(folder.glob("*.tar.gz")))
 
 
