@@ -1,31 +1,50 @@
 """Packed attention: each implementation against the reference in float64, and its life under torch's tools."""
 
+import sys
+import types
+
 import pytest
+import tolerances
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from vlmo_fast import ops
-from vlmo_fast.ops import _buckets, dispatch, reference
+from vlmo_fast.ops import _buckets, _packed_attention, dispatch, reference
 
 BACKENDS = ["bucketed", "sdpa", "eager"]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # where Triton kernels run; on a CPU they are interpreted
 
 
-def pack(lengths, *, gap=0, text_places=40, order=None):
+def pack(lengths, *, gap=0, text_places=40):
     """Segments of sequences with (text, image) lengths, rows [texts | pair texts | pair images | images]."""
     table = torch.zeros(len(lengths), 2, 3, dtype=torch.int32)
     kinds = [[i for i, (t, p) in enumerate(lengths) if t and not p], [i for i, (t, p) in enumerate(lengths) if t and p]]
     images = [i for i, (t, p) in enumerate(lengths) if p and not t]
     row = 0
     for part, members in ((0, kinds[0]), (0, kinds[1]), (1, kinds[1]), (1, images)):
-        for i in sorted(members, key=order) if order else members:
+        for i in members:
             table[i, part] = torch.tensor([row, lengths[i][part], text_places * part])
             row += lengths[i][part]
         row += gap if members else 0
     return table, row
 
 
-def problem(lengths, *, heads=3, width=8, dtype=torch.float64, cls_only=False, bias=True, places=60, gap=0, grad=True):
-    segments, num_rows = pack(lengths, gap=gap)
+def problem(
+    lengths,
+    *,
+    heads=3,
+    width=8,
+    dtype=torch.float64,
+    cls_only=False,
+    bias=True,
+    places=None,
+    text_places=None,
+    gap=0,
+    grad=True,
+):
+    text_places = max(text for text, _ in lengths) if text_places is None else text_places
+    places = text_places + max(image for _, image in lengths) if places is None else places
+    segments, num_rows = pack(lengths, gap=gap, text_places=text_places)
     qkv = torch.randn(num_rows, 3, heads, width).to(dtype)
     query, key, value = (x.detach() for x in qkv.unbind(1))  # strided rows, as a projection gives
     if cls_only:
@@ -63,22 +82,212 @@ MIXES = {
 @pytest.mark.parametrize("cls_only", [False, True], ids=["all", "cls"])
 @pytest.mark.parametrize("lengths", MIXES.values(), ids=MIXES)
 def test_float64_values_and_gradients(lengths, cls_only, backend):
-    tensors, segments, longest = problem(lengths, cls_only=cls_only, gap=2)
+    check_float64(*problem(lengths, cls_only=cls_only, gap=2), cls_only, backend)
+
+
+def check_float64(tensors, segments, longest, cls_only, backend):
+    """Values and all gradients, to float64's rounding."""
     expected, leaves = oracle(tensors, segments, cls_only)
     out = run(tensors, segments, longest, cls_only=cls_only, backend=backend)
     torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
     seed = torch.randn_like(out)
     wanted = torch.autograd.grad(expected, leaves, seed)
-    found = torch.autograd.grad(out, tensors, seed)
+    found = torch.autograd.grad(out, [x for x in tensors if x is not None], seed)
     for ours, theirs in zip(found, wanted, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
+def check_rounding(tensors, segments, longest, cls_only=False, backend="auto", condition=1.0):
+    """Values and all gradients within the bounds of `tolerances`."""
+    exact, leaves = oracle(tensors, segments, cls_only)
+    results = [run(tensors, segments, longest, cls_only=cls_only, backend=name) for name in (backend, "eager")]
+    seed = torch.randn_like(results[0])
+    present = [x for x in tensors if x is not None]
+    gradients = [torch.autograd.grad(result, present, seed) for result in results]
+    wanted = torch.autograd.grad(exact, leaves, seed.double())
+    names = ["out", "query", "key", "value", "bias"]
+    ours, eager = ((out, *grads) for out, grads in zip(results, gradients, strict=True))
+    for name, found, other, truth in zip(names, ours, eager, (exact, *wanted), strict=False):
+        tolerances.check(name, found, truth, other, condition=condition)
+
+
+ODD = {
+    "a token, two, and around 16": [(1, 0), (2, 0), (15, 0), (16, 0), (17, 0), (0, 1), (0, 15), (0, 17)],
+    "texts of 196": [(196, 0), (7, 0), (196, 0)],
+    "images of 224 px": [(0, 197), (0, 197)],
+    "pairs of 237 and 236": [(40, 197), (39, 197)],
+    "two image sizes": [(13, 197), (12, 577), (0, 577)],  # 224 and 384 px
+    "480 px": [(40, 901)],
+}
+
+
+@pytest.mark.usefixtures("nan_filled_empty")
+@pytest.mark.parametrize("lengths", ODD.values(), ids=ODD)
+@pytest.mark.parametrize("backend", ["bucketed", "sdpa"])
+def test_float32_of_odd_lengths(lengths, backend):
+    check_rounding(
+        *problem(lengths, heads=2, width=16, dtype=torch.float32, places=941, text_places=40), False, backend
+    )
+
+
+@pytest.mark.usefixtures("nan_filled_empty")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("width", [16, 32, 34, 64])
+def test_rounding_of_dtypes_and_head_sizes(dtype, width):
+    lengths = [(12, 0), (9, 21), (0, 21), (9, 21), (14, 0)]
+    check_rounding(*problem(lengths, width=width, dtype=dtype))
+    check_rounding(*problem(lengths, width=width, dtype=dtype, cls_only=True), True)
+
+
+@pytest.mark.parametrize("backend", ["bucketed", "sdpa"])
+def test_large_bias(backend):
+    """Scores of hundreds: the softmax is nearly one key's, and exp of a score would overflow."""
+    tensors, segments, longest = problem([(12, 9), (5, 0), (0, 9)])
+    with torch.no_grad():
+        tensors[3].mul_(300)
+        tensors[3][:, 3] = 1e4  # all keys alike
+    check_float64(tensors, segments, longest, False, backend)
+    single = [x.detach().float().requires_grad_() for x in tensors]
+    check_rounding(single, segments, longest, False, backend, condition=1e4)
+
+
+def test_a_thousand_sequences():
+    generator = torch.Generator().manual_seed(3)
+    lengths = [tuple(torch.randint(0, 5, (2,), generator=generator).tolist()) for _ in range(1000)]
+    check_float64(*problem(lengths, heads=1, width=4), False, "bucketed")
+
+
+def test_chunks_of_sequences_and_of_heads(monkeypatch):
+    """A limit of scores that holds two of the small sequences, and one head of the large ones."""
+    monkeypatch.setitem(_buckets.CHUNK_BYTES, "cpu", 2 * 3 * 5 * 5 * 8)
+    lengths = [(5, 0)] * 5 + [(4, 8)] * 3
+    for cls_only in (False, True):
+        check_float64(*problem(lengths, cls_only=cls_only), cls_only, "bucketed")
+
+
+def test_a_sequence_does_not_depend_on_the_others():
+    """Nor on where its rows lie: alone, it gives the same to rounding."""
+    lengths = [(3, 4), (5, 0), (3, 4), (0, 4)]
+    (query, key, value, bias), segments, longest = problem(lengths, grad=False)
+    whole = ops.packed_attention(query, key, value, segments, bias, max_length=longest)
+    for table in segments:
+        rows = torch.cat([torch.arange(int(row), int(row + length)) for row, length, _ in table])
+        alone = table.clone()
+        alone[:, 0] = torch.tensor([0, int(table[0, 1])])
+        picked = (x[rows] for x in (query, key, value))
+        out = ops.packed_attention(*picked, alone[None], bias, max_length=longest)
+        torch.testing.assert_close(out, whole[rows], rtol=1e-13, atol=1e-14)
+
+
+def test_cls_only_is_the_first_row_of_each():
+    (query, key, value, bias), segments, longest = problem(MIXES["all kinds"], grad=False)
+    first = [int(table[0, 0] if table[0, 1] else table[1, 0]) for table in segments]
+    whole = ops.packed_attention(query, key, value, segments, bias, max_length=longest)
+    short = ops.packed_attention(query[first], key, value, segments, bias, max_length=longest, cls_only=True)
+    torch.testing.assert_close(short, whole[first], rtol=1e-13, atol=1e-14)
+
+
+@pytest.mark.parametrize("backend", ["bucketed", "sdpa"])
+@pytest.mark.parametrize("needed", [0, 1, 2, 3], ids=["query", "key", "value", "bias"])
+def test_one_gradient_alone(needed, backend):
+    """Also that of the bias alone, at which SDPA's memory-efficient kernel fails."""
+    tensors, segments, longest = problem(MIXES["one pair"])
+    detached = [x.detach().requires_grad_(index == needed) for index, x in enumerate(tensors)]
+    seed = torch.randn_like(tensors[0])
+    (ours,) = torch.autograd.grad(run(detached, segments, longest, backend=backend), detached[needed], seed)
+    wanted = torch.autograd.grad(run(tensors, segments, longest, backend="eager"), tensors[needed], seed)
+    torch.testing.assert_close(ours, wanted[0], rtol=1e-12, atol=1e-13)
+
+
+def test_gradcheck():
+    tensors, segments, longest = problem([(2, 3), (1, 0), (0, 3)], heads=2, width=3)
+    assert torch.autograd.gradcheck(lambda *tensors: run(tensors, segments, longest), tensors)
+
+
+def test_non_contiguous_inputs():
+    tensors, segments, longest = problem(MIXES["all kinds"], grad=False)
+    query, key, value, bias = tensors
+    strided = [x.transpose(0, 1).contiguous().transpose(0, 1) for x in (query, key, value)]
+    wide = bias.transpose(1, 2).contiguous().transpose(1, 2)
+    assert not strided[0].is_contiguous()
+    assert not wide.is_contiguous()
+    torch.testing.assert_close(run([*strided, wide], segments, longest), run(tensors, segments, longest))
+
+
+def test_a_plan_is_not_kept_for_another_table():
+    """The plans of the last tables are kept by value: a table that was changed in place is another."""
+    tensors, segments, longest = problem([(4, 0), (4, 0)], grad=False)
+    first = run(tensors, segments, longest)
+    segments[:, 0, 0] = segments[:, 0, 0].flip(0)
+    torch.testing.assert_close(run(tensors, segments, longest), first)
+    segments[:, 0, 1] = 3
+    assert (run(tensors, segments, longest) - first).abs().max() > 1e-3
+
+
+# Under torch's tools
+
+
+def test_autocast():
+    """The projections come in bfloat16, the bias in float32; scores are in float32 whatever autocast says."""
+    tensors, segments, longest = problem(MIXES["all kinds"], dtype=torch.bfloat16)
+    mixed = [*tensors[:3], tensors[3].detach().float().requires_grad_()]
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = run(mixed, segments, longest)
+    plain = run(mixed, segments, longest)
+    assert ours.dtype == torch.bfloat16
+    assert torch.equal(ours, plain)
+    seed = torch.randn_like(ours)
+    for one, other in zip(torch.autograd.grad(ours, mixed, seed), torch.autograd.grad(plain, mixed, seed), strict=True):
+        assert torch.equal(one, other)
+    assert torch.autograd.grad(run(mixed, segments, longest), mixed[3], seed)[0].dtype == torch.float32
+
+
+def test_activation_checkpointing():
+    tensors, segments, longest = problem(MIXES["all kinds"])
+
+    def step(*tensors):
+        return run(tensors, segments, longest).square()
+
+    seed = torch.randn_like(tensors[0])
+    ours = torch.autograd.grad(checkpoint(step, *tensors, use_reentrant=False), tensors, seed)
+    for one, other in zip(ours, torch.autograd.grad(step(*tensors), tensors, seed), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_export():
+    """Exported once, run on other lengths."""
+
+    class Layer(torch.nn.Module):
+        def forward(self, query, key, value, segments, bias):
+            return ops.packed_attention(query, key, value, segments, bias, max_length=64)
+
+    tensors, segments, _ = problem([(3, 4), (2, 0)], places=16, text_places=9, grad=False)
+    rows, sequences = torch.export.Dim("rows", min=2), torch.export.Dim("sequences", min=2)
+    shapes = ({0: rows}, {0: rows}, {0: rows}, {0: sequences}, None)
+    query, key, value, bias = tensors
+    program = torch.export.export(Layer(), (query, key, value, segments, bias), dynamic_shapes=shapes)
+    (query, key, value, bias), segments, _ = problem(MIXES["all kinds"], places=16, text_places=9, grad=False)
+    torch.testing.assert_close(
+        program.module()(query, key, value, segments, bias), Layer()(query, key, value, segments, bias)
+    )
+
+
+@pytest.mark.usefixtures("nan_filled_empty")
+def test_deterministic():
+    """Under torch's deterministic algorithms, and the same bits twice."""
+    torch.use_deterministic_algorithms(True)
+    tensors, segments, longest = problem(MIXES["all kinds"], dtype=torch.float32)
+    seed = torch.randn_like(tensors[0])
+    first, second = (torch.autograd.grad(run(tensors, segments, longest), tensors, seed) for _ in range(2))
+    for one, other in zip(first, second, strict=True):
+        assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize("backend", ["bucketed", "sdpa", "triton"])
 @pytest.mark.parametrize("cls_only", [False, True], ids=["all", "cls"])
 def test_opcheck(backend, cls_only):
     lengths = [(2, 3)] if backend == "triton" else MIXES["all kinds"]  # interpreted, it is slow
-    tensors, segments, longest = problem(lengths, cls_only=cls_only, dtype=torch.float32, heads=1, places=45)
+    tensors, segments, longest = problem(lengths, cls_only=cls_only, dtype=torch.float32, heads=1)
     query, key, value, bias = (x.detach().to(DEVICE).requires_grad_() for x in tensors)
     segments = segments.to(DEVICE)
     for table in (bias, None):
@@ -174,11 +383,33 @@ def test_the_op_runs_what_was_selected(backend, monkeypatch):
     wanted = "bucketed" if backend == "auto" else backend
     seen = []
     attend = _buckets.attend
-    monkeypatch.setattr(_buckets, "attend", lambda *a: seen.append("sdpa" if a[-1] else "bucketed") or attend(*a))
+    monkeypatch.setattr(_buckets, "attend", lambda *a: seen.append(a[-1]) or attend(*a))
     written_out = reference.packed_attention
     monkeypatch.setattr(reference, "packed_attention", lambda *a: seen.append("eager") or written_out(*a))
     run(tensors, segments, longest, backend=backend)
     assert seen == [wanted]
+
+
+def test_what_xformers_is_given(monkeypatch):
+    """Its kernels need a GPU; what reaches them is checked by a stand-in that computes what xformers documents."""
+
+    def memory_efficient_attention(query, key, value, attn_bias=None, scale=None):
+        if attn_bias is not None:
+            assert attn_bias.shape == (len(query), query.shape[2], query.shape[1], key.shape[1])
+            assert attn_bias.dtype == query.dtype
+            assert attn_bias.stride(-2) % 8 == 0
+        scores = torch.einsum("bqhd,bkhd->bhqk", query, key) * scale
+        scores = scores if attn_bias is None else scores + attn_bias
+        return torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), value)
+
+    module = types.ModuleType("xformers.ops")
+    module.memory_efficient_attention = memory_efficient_attention
+    monkeypatch.setitem(sys.modules, "xformers", types.ModuleType("xformers"))
+    monkeypatch.setitem(sys.modules, "xformers.ops", module)
+    monkeypatch.setattr(_packed_attention, "select", lambda *_: "xformers")
+    for bias, cls_only in ((True, False), (False, False), (True, True)):
+        tensors, segments, longest = problem(MIXES["all kinds"], bias=bias, cls_only=cls_only)
+        check_float64(tensors, segments, longest, cls_only, "xformers")
 
 
 # What is refused

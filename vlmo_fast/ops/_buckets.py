@@ -146,7 +146,7 @@ def attend(
     bias: Tensor | None,
     cls_only: bool,
     scale: float,
-    fused: bool,
+    engine: str,
 ) -> Tensor:
     """softmax(scale * query key^T + bias) value within each sequence.
 
@@ -158,7 +158,7 @@ def attend(
         bias: (H, R, R) or None.
         cls_only: whether each sequence has one query, that of its first token.
         scale: factor of the scores.
-        fused: whether torch's fused attention computes a chunk, instead of written-out matrix products.
+        engine: what computes a chunk: written-out matrix products ("bucketed"), "sdpa" or "xformers".
 
     Returns:
         Like the query, contiguous.
@@ -169,21 +169,30 @@ def attend(
         results = _room(out, bucket, cls_only)  # (n, Q, H, d)
         for chunk in _chunks(bucket, query, cls_only):
             q_c, k_c, v_c = (x[chunk].transpose(1, 2) for x in (q, k, v))  # (c, h, Q or S, d) each
-            results[chunk] = _attend_chunk(q_c, k_c, v_c, bias, bucket, chunk[2], scale, fused).transpose(1, 2)
+            results[chunk] = _attend_chunk(q_c, k_c, v_c, bias, bucket, chunk[2], scale, engine).transpose(1, 2)
         _write(out, results, bucket, cls_only)
     return out
 
 
 def _attend_chunk(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, bucket: Bucket, heads: slice, scale: float, fused: bool
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, bucket: Bucket, heads: slice, scale: float, engine: str
 ) -> Tensor:
-    if fused:
-        mask = None
-        if bias is not None:  # in the query's dtype: cuDNN's kernel takes a float32 mask for bfloat16 numbers
-            mask = _bias_of(bias.detach()[heads], bucket, q.shape[2] == 1).to(q.dtype)[None]
-        return F.scaled_dot_product_attention(q.detach(), k.detach(), v.detach(), attn_mask=mask, scale=scale)
-    weights = _weights(q, k, bias, bucket, heads, scale)
-    return (weights.to(v.dtype).flatten(0, 1) @ v.flatten(0, 1)).unflatten(0, q.shape[:2])
+    if engine == "bucketed":
+        weights = _weights(q, k, bias, bucket, heads, scale)
+        return (weights.to(v.dtype).flatten(0, 1) @ v.flatten(0, 1)).unflatten(0, q.shape[:2])
+    q, k, v = q.detach(), k.detach(), v.detach()
+    mask = None
+    if bias is not None:  # in the query's dtype: cuDNN's kernel takes a float32 mask for bfloat16 numbers
+        mask = _bias_of(bias.detach()[heads], bucket, q.shape[2] == 1).to(q.dtype)[None]  # (1, h, Q, S)
+    if engine == "sdpa":
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+    from xformers.ops import memory_efficient_attention
+
+    if mask is not None:  # it wants each sequence's bias, in rows that begin at multiples of 8 elements
+        width = mask.shape[-1]
+        mask = F.pad(mask, (0, -width % 8)).expand(len(q), -1, -1, -1)[..., :width]
+    result: Tensor = memory_efficient_attention(*(x.transpose(1, 2) for x in (q, k, v)), attn_bias=mask, scale=scale)
+    return result.transpose(1, 2)
 
 
 def attend_backward(

@@ -158,7 +158,7 @@ def _forward(
             stats = kernels.forward(query, key, value, segments, bias, max_length, cls_only, scale, alignment, out)
             return out, stats
         plan = _plan(segments, host_segments, len(key), bias, max_length)
-        out = _buckets.attend(query, key, value, plan, bias, cls_only, scale, implementation == "sdpa")
+        out = _buckets.attend(query, key, value, plan, bias, cls_only, scale, implementation)
         return out, query.new_empty(0, dtype=torch.float32)
 
 

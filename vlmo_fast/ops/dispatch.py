@@ -140,6 +140,7 @@ _IMPLEMENTATIONS: dict[str, tuple[_Implementation, ...]] = {
             automatic=lambda problem: problem.device != "cpu" and not problem.needs_grad,
         ),
         _Implementation("bucketed", _everywhere("matrix products and softmax for each shape of sequence")),
+        _Implementation("xformers", _takes_xformers, automatic=lambda problem: False),
         _Implementation("eager", _everywhere("the reference: a loop over the sequences")),
     ),
     "mome_ffn": (
