@@ -10,9 +10,19 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from vlmo_fast import ops
+from vlmo_fast.kernels import ffn
 from vlmo_fast.ops import ExpertWeights, reference
 
-BACKENDS = ["torch"]
+BACKENDS = ["torch", "triton"]  # the second on a GPU, or interpreted
+
+
+def device_of(backend: str) -> str:
+    return "cuda" if backend == "triton" and torch.cuda.is_available() else "cpu"
+
+
+def half_of(backend: str) -> torch.dtype:
+    """The interpreter cuts off bfloat16 numbers where a GPU rounds them."""
+    return torch.float16 if (backend, device_of(backend)) == ("triton", "cpu") else torch.bfloat16
 
 
 class Problem:
@@ -28,11 +38,14 @@ class Problem:
         layer_scale: bool = True,
         row_scale: bool = True,
         x: Tensor | None = None,
+        device: str = "cpu",
     ) -> None:
-        draw = lambda *shape, std=1.0, mean=0.0: (mean + std * torch.randn(shape, dtype=torch.float64)).to(dtype)
+        draw = lambda *shape, std=1.0, mean=0.0: (mean + std * torch.randn(shape, dtype=torch.float64)).to(
+            device, dtype
+        )
         self.sizes = list(sizes)
         rows = sum(sizes)
-        self.x = draw(rows, width) if x is None else x.to(dtype)
+        self.x = draw(rows, width) if x is None else x.to(device, dtype)
         self.experts = [
             ExpertWeights(
                 draw(width, mean=1.0, std=0.3),
@@ -45,7 +58,7 @@ class Problem:
             for _ in sizes
         ]
         self.layer_scale = draw(width, std=0.5) if layer_scale else None
-        self.row_scale = ((torch.rand(rows) < 0.75) / 0.75).to(dtype) if row_scale else None
+        self.row_scale = ((torch.rand(rows) < 0.75) / 0.75).to(device, dtype) if row_scale else None
         self.seed = draw(rows, width)
 
     def leaves(self) -> dict[str, Tensor]:
@@ -98,16 +111,22 @@ SHAPES = {
     "no drop path": {"sizes": (5, 9), "row_scale": False},
     "neither": {"sizes": (5, 9), "layer_scale": False, "row_scale": False},
     "a width that no tile divides": {"sizes": (5, 9), "width": 34, "hidden": 136},  # base_plus / 16
+    "a row more and less than a tile": {"sizes": (15, 17, 16)},
+    "a column more and less than a tile": {"sizes": (3, 2), "width": 33, "hidden": 63},
+    "more experts than a launch takes": {"sizes": (3, 1, 0, 2, 5), "hidden": 24},
 }
 
 
 @pytest.mark.usefixtures("nan_filled_empty")
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_values_and_gradients_in_float64(shape, backend):
-    if backend == "triton":
-        pytest.skip("kernels accumulate in float32")
-    compare(Problem(**shape), backend=backend)
+def test_values_and_gradients_in_float64(shape):
+    compare(Problem(**shape), backend="torch")
+
+
+@pytest.mark.usefixtures("nan_filled_empty")
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_kernels_in_float32(shape):
+    compare(Problem(**shape, dtype=torch.float32, device=device_of("triton")), backend="triton")
 
 
 @pytest.mark.usefixtures("nan_filled_empty")
@@ -115,12 +134,14 @@ def test_values_and_gradients_in_float64(shape, backend):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("shape", ["three experts", "an empty expert between", "neither"])
 def test_values_and_gradients_in_each_dtype(shape, dtype, backend):
-    compare(Problem(**SHAPES[shape], dtype=dtype), backend=backend)
+    if dtype == torch.bfloat16:
+        dtype = half_of(backend)
+    compare(Problem(**SHAPES[shape], dtype=dtype, device=device_of(backend)), backend=backend)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_the_saved_activation_changes_nothing(backend):
-    problem = Problem((5, 9), dtype=torch.float32)
+    problem = Problem((5, 9), dtype=torch.float32, device=device_of(backend))
     computed = problem.run_with_gradients(backend=backend)
     saved = problem.run_with_gradients(backend=backend, save_activation=True)
     for name, tensor in computed.items():
@@ -129,7 +150,7 @@ def test_the_saved_activation_changes_nothing(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_inference_saves_nothing_and_agrees(backend):
-    problem = Problem((5, 9), dtype=torch.float32)
+    problem = Problem((5, 9), dtype=torch.float32, device=device_of(backend))
     trained = problem.run_with_gradients(backend=backend)["out"]
     with torch.no_grad():
         exact, eager = problem.to(torch.float64).run(backend="eager"), problem.run(backend="eager")
@@ -142,21 +163,22 @@ def test_inference_saves_nothing_and_agrees(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("precision", ["single", "half"])
 @pytest.mark.parametrize("kind", ["large means", "outlier channels"])
-def test_activations_as_trained_transformers_have_them(kind, dtype, backend):
+def test_activations_as_trained_transformers_have_them(kind, precision, backend):
+    dtype = torch.float32 if precision == "single" else half_of(backend)
     x = torch.randn(40, 24, dtype=torch.float64)
     if kind == "large means":
         x += 30 * torch.randn(40, 1, dtype=torch.float64)
     else:
         x[:, 5] *= 100
-    compare(Problem((15, 25), dtype=dtype, x=x), backend=backend)
+    compare(Problem((15, 25), dtype=dtype, x=x, device=device_of(backend)), backend=backend)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("layout", ["every second row", "columns of a wider tensor", "transposed"])
 def test_strided_rows(layout, backend):
-    problem = Problem((5, 9), dtype=torch.float32)
+    problem = Problem((5, 9), dtype=torch.float32, device=device_of(backend))
     wide = torch.full((28, 48), 1e4)
     x = {
         "every second row": wide[::2, :24],
@@ -172,7 +194,7 @@ def test_strided_rows(layout, backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_an_upstream_gradient_without_strides(backend):
-    problem = Problem((5, 9), dtype=torch.float32)
+    problem = Problem((5, 9), dtype=torch.float32, device=device_of(backend))
     problem.seed = torch.ones(()).expand(14, 24)
     assert problem.seed.stride() == (0, 0)
     compare(problem, backend=backend)
@@ -183,36 +205,38 @@ def test_an_upstream_gradient_without_strides(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_half_precision_products_beside_a_float32_residual_stream(backend):
-    """Autocast's and mixed precision's arrangement: only the linear layers are bfloat16."""
-    problem = Problem((5, 9), dtype=torch.bfloat16).to(torch.float32)
+    """Autocast's and mixed precision's arrangement: only the linear layers are in half precision."""
+    problem = Problem((5, 9), dtype=half_of(backend), device=device_of(backend)).to(torch.float32)
     problem.experts = [
-        expert._replace(**{name: getattr(expert, name).bfloat16() for name in expert._fields if name.startswith("fc")})
+        expert._replace(
+            **{name: getattr(expert, name).to(half_of(backend)) for name in expert._fields if name.startswith("fc")}
+        )
         for expert in problem.experts
     ]
     exact = problem.to(torch.float64).run_with_gradients(backend="eager")
     eager = {name: x.detach().clone() for name, x in problem.run_with_gradients(backend="eager").items()}
     for name, tensor in problem.run_with_gradients(backend=backend).items():
         assert tensor.dtype == eager[name].dtype, name
-        tolerances.check(name, tensor, exact[name], eager[name], torch.bfloat16)
+        tolerances.check(name, tensor, exact[name], eager[name], half_of(backend))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_autocast(backend):
-    problem = Problem((5, 9), dtype=torch.bfloat16).to(torch.float32)
+    problem = Problem((5, 9), dtype=half_of(backend), device=device_of(backend)).to(torch.float32)
     exact = problem.to(torch.float64).run_with_gradients(backend="eager")
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(device_of(backend), half_of(backend)):
         eager = problem.to(torch.float32).run_with_gradients(backend="eager")
         ours = problem.run_with_gradients(backend=backend)
-    assert tolerances.errors(ours["out"], exact["out"]).frobenius > 1e-5  # products were in bfloat16
+    assert tolerances.errors(ours["out"], exact["out"]).frobenius > 1e-5  # products were in half precision
     for name, tensor in ours.items():
         assert tensor.dtype == torch.float32, name  # what autocast gives eager, too
-        tolerances.check(name, tensor, exact[name], eager[name], torch.bfloat16)
+        tolerances.check(name, tensor, exact[name], eager[name], half_of(backend))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_frozen_experts_cost_no_gradients(backend):
     """Stage-wise pre-training freezes the vision experts while the language experts learn."""
-    problem = Problem((5, 9))
+    problem = Problem((5, 9), dtype=torch.float32, device=device_of(backend))
     everything = problem.run_with_gradients(backend=backend)
     for tensor in problem.experts[1]:
         tensor.requires_grad_(False)
@@ -227,7 +251,7 @@ def test_frozen_experts_cost_no_gradients(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_flops(backend):
-    problem = Problem((5, 9), dtype=torch.float32)
+    problem = Problem((5, 9), dtype=torch.float32, device=device_of(backend))
     with FlopCounterMode(display=False) as ours:
         problem.run_with_gradients(backend=backend)
     with FlopCounterMode(display=False) as eager:
@@ -255,11 +279,19 @@ def arguments(problem: Problem, *, save: bool, save_activation: bool, backend: s
     return (problem.x, problem.sizes, *columns, *scales, 1e-6, save, save_activation, backend)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("save_activation", [False, True], ids=["recompute", "save"])
-@pytest.mark.parametrize("scales", [True, False], ids=["scales", "no scales"])
+@pytest.mark.parametrize(
+    ("scales", "save_activation", "backend"),
+    [
+        (True, False, "torch"),
+        (True, True, "torch"),
+        (False, False, "torch"),
+        (False, True, "torch"),
+        (True, False, "triton"),  # the interpreter is slow
+        (False, True, "triton"),
+    ],
+)
 def test_opcheck(scales, save_activation, backend):
-    problem = Problem((5, 3), dtype=torch.float32, layer_scale=scales, row_scale=scales)
+    problem = Problem((5, 3), dtype=torch.float32, layer_scale=scales, row_scale=scales, device=device_of(backend))
     op, backward = torch.ops.vlmo_fast.mome_ffn.default, torch.ops.vlmo_fast.mome_ffn_backward.default
     no_grad = arguments(problem, save=False, save_activation=False, backend=backend)
     torch.library.opcheck(op, no_grad)
@@ -271,7 +303,7 @@ def test_opcheck(scales, save_activation, backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_fifty_compositions_compile_twice(backend):
+def test_many_compositions_compile_twice(backend):
     graphs = []
 
     def count(graph, _):
@@ -282,11 +314,12 @@ def test_fifty_compositions_compile_twice(backend):
     def step(x, sizes, experts, layer_scale):
         return 2 * ops.mome_ffn(x, sizes, experts, layer_scale, backend=backend)
 
-    problem = Problem((5, 9), dtype=torch.float32)
+    problem = Problem((5, 9), dtype=torch.float32, device=device_of(backend))
     for leaf in problem.leaves().values():
         leaf.requires_grad_()
     generator = torch.Generator().manual_seed(1)
     compositions = [[5, 9], [4, 7], *torch.randint(2, 9, (48, 2), generator=generator).tolist()]
+    compositions = compositions if backend == "torch" else compositions[:4]  # the interpreter is slow
     for sizes in compositions:
         x = torch.randn(sum(sizes), 24, requires_grad=True)
         leaves = [x, *problem.experts[0], *problem.experts[1], problem.layer_scale]
@@ -302,9 +335,9 @@ def test_fifty_compositions_compile_twice(backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_autograd_is_traced_whole(backend):
     """Forward and backward become one graph each, in which the op stays one node; under autocast, too."""
-    problem = Problem((5, 9), dtype=torch.float32)
+    problem = Problem((5, 9), dtype=torch.float32, device=device_of(backend))
     for autocast in (False, True):
-        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        with torch.autocast(device_of(backend), torch.bfloat16, enabled=autocast):
             expected = problem.run_with_gradients(backend=backend)
             run = torch.compile(lambda: problem.run(backend=backend), fullgraph=True, backend="aot_eager")
             leaves = list(problem.leaves().values())
@@ -312,6 +345,22 @@ def test_autograd_is_traced_whole(backend):
         found = [out, *torch.autograd.grad(out, leaves, problem.seed)]
         for ours, wanted in zip(found, expected.values(), strict=True):
             torch.testing.assert_close(ours, wanted, rtol=0, atol=0)
+
+
+@pytest.mark.usefixtures("nan_filled_empty")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_kernels_with_tensor_descriptors(dtype):
+    """The way of compute capability 9.0 and later, widths that no tile divides included."""
+    problem = Problem((15, 0, 18), width=40, hidden=88, dtype=dtype, device=device_of("triton"))
+    exact = problem.to(torch.float64).run_with_gradients(backend="eager")
+    eager = problem.to(dtype).run_with_gradients(backend="eager")
+    rest = (problem.sizes, problem.experts, problem.layer_scale, problem.row_scale)
+    with torch.no_grad():
+        out, *saved = ffn.forward(problem.x, *rest, 1e-6, True, False, use_tma=True)
+        d_x, d_scale, d_experts = ffn.backward(problem.seed, problem.x, *rest, *saved, 1e-6, [True] * 3, use_tma=True)
+    found = [out, d_x, d_scale, *(gradient for expert in d_experts for gradient in expert)]
+    for tensor, (name, wanted) in zip(found, exact.items(), strict=True):
+        tolerances.check(name, tensor, wanted, eager[name])
 
 
 def test_export():

@@ -150,7 +150,7 @@ def _implementation(name: str) -> ModuleType:
     return import_module("vlmo_fast.kernels.ffn") if name == "triton" else _ffn_torch
 
 
-Result = tuple[Tensor, Tensor, list[Tensor], list[Tensor]]  # (N, D), statistics (2, N), fc1's and GELU's outputs
+Result = tuple[Tensor, Tensor, list[Tensor], list[Tensor]]  # (N, D), statistics (2 or 3, N), fc1's and GELU's outputs
 
 
 def _forward(
@@ -232,7 +232,8 @@ def _fake(
     )  # whoever calls matrix products has many tensors
     z = [x.new_empty(size, hidden, dtype=fc1_weight[0].dtype) for size in sizes]
     h = [torch.empty_like(tensor) for tensor in z] if save_activation else []
-    return out, x.new_empty(2, x.shape[0], dtype=accumulator), z, h
+    statistics = x.new_empty(3 if implementation == "triton" else 2, x.shape[0], dtype=accumulator)
+    return out, statistics, z, h
 
 
 def _fake_backward(

@@ -73,16 +73,28 @@ def _is_installed(package: str) -> bool:
     return find_spec(package) is not None
 
 
-def _triton_attention(problem: Problem) -> tuple[bool, str]:
+def _runs_triton(problem: Problem) -> tuple[bool, str]:
     if problem.device != "cuda" and not problem.interpreted:
         return False, "needs a CUDA device"
     if not _is_installed("triton"):
         return False, "needs the package triton"
     if problem.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return False, "takes float32, float16 and bfloat16"
+    return True, "runs here"
+
+
+def _triton_attention(problem: Problem) -> tuple[bool, str]:
+    accepted, reason = _runs_triton(problem)
+    if not accepted:
+        return False, reason
     if problem.head_dim is not None and problem.head_dim > 128:
         return False, "takes heads up to 128 wide"
     return True, "reads the bias tile by tile, adds up its gradient in a fixed order, keeps no scores"
+
+
+def _triton_ffn(problem: Problem) -> tuple[bool, str]:
+    accepted, reason = _runs_triton(problem)
+    return accepted, "grouped products with bias, GELU, scales and residual in their epilogues" if accepted else reason
 
 
 def _takes_xformers(problem: Problem) -> tuple[bool, str]:
@@ -144,6 +156,11 @@ _IMPLEMENTATIONS: dict[str, tuple[_Implementation, ...]] = {
         _Implementation("eager", _everywhere("the reference: a loop over the sequences")),
     ),
     "mome_ffn": (
+        _Implementation(
+            "triton",
+            _triton_ffn,
+            automatic=lambda problem: problem.device == "cuda" and problem.dtype != torch.float32,
+        ),
         _Implementation("torch", _everywhere("matrix products group by group, nothing concatenated; no GELU saved")),
         _Implementation("eager", _everywhere("the reference: a loop over the experts")),
     ),
