@@ -66,11 +66,11 @@ class Batch:
 @pytest.mark.parametrize(
     ("kind", "count"),
     [
-        pytest.param("captions", 64, marks=pytest.mark.profile("quick", "cpu", gpu=8)),
-        pytest.param("images", 8, marks=pytest.mark.profile("cpu")),
-        pytest.param("pairs", 8, marks=pytest.mark.profile("cpu")),
-        pytest.param("pairs", 2, marks=pytest.mark.profile("cpu")),
-        pytest.param("pairs", 4, marks=pytest.mark.profile("cpu")),
+        pytest.param("captions", 64, marks=pytest.mark.profile("quick", cpu=3, gpu=8)),
+        pytest.param("images", 8, marks=pytest.mark.profile(cpu=3)),
+        pytest.param("pairs", 8, marks=pytest.mark.profile(cpu=3)),
+        pytest.param("pairs", 2, marks=pytest.mark.profile(cpu=3)),
+        pytest.param("pairs", 4, marks=pytest.mark.profile(cpu=3)),
         pytest.param("pairs", 1, marks=pytest.mark.profile(gpu=8)),
         pytest.param("pairs", 256, marks=pytest.mark.profile(gpu=1)),
         pytest.param("images", 256, marks=pytest.mark.profile(gpu=4)),

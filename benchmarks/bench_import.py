@@ -31,6 +31,8 @@ def bench_import(bench: Bench) -> None:
         work=Work(1, "imports"),
         num_buffers=1,
         memory=False,
+        seconds=2,
+        min_rounds=3,
     )
     group.ours("import vlmo_fast", running("import vlmo_fast"))
     group.yardstick("nothing", running("pass"))

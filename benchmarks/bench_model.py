@@ -87,9 +87,18 @@ CASES = {  # kind, batch, how much faster than the release's pass the embedding 
 }
 
 
-@pytest.mark.profile("cpu", gpu=3)
-@pytest.mark.parametrize("output", ["embedding", "all tokens"])
-@pytest.mark.parametrize("case", [pytest.param("captions", marks=pytest.mark.profile("quick")), "pairs", "images"])
+@pytest.mark.profile(gpu=3)
+@pytest.mark.parametrize(
+    ("case", "output"),
+    [
+        pytest.param("captions", "embedding", marks=pytest.mark.profile("quick", "cpu")),
+        pytest.param("pairs", "embedding", marks=pytest.mark.profile("cpu")),
+        pytest.param("images", "embedding", marks=pytest.mark.profile("cpu")),
+        pytest.param("captions", "all tokens", marks=pytest.mark.profile(cpu=2)),
+        pytest.param("pairs", "all tokens", marks=pytest.mark.profile(cpu=2)),
+        pytest.param("images", "all tokens", marks=pytest.mark.profile(cpu=2)),
+    ],
+)
 def bench_inference(bench: Bench, case: str, output: str) -> None:
     """The release's passes of fine-tuning (12 block calls) against ours."""
     kind, batch, promised = CASES[case]
@@ -119,8 +128,8 @@ def bench_inference(bench: Bench, case: str, output: str) -> None:
         oracle=lambda **inputs: theirs(exact, **inputs),
         work=Work(batch, case, flop=forward_flop(config, lengths)),
         axes={"size": "base", "batch": batch},
-        num_buffers=2,
-        seconds=12,
+        num_buffers=1,  # the weights alone exceed the caches
+        seconds=10,
         min_rounds=5,
     )
     group.ours("ours", ours)
@@ -176,7 +185,7 @@ def other_models(group: Group, kind: str, bench: Bench) -> None:
         group.yardstick(f"transformers' {name}", make, make=True, requires=("transformers",), slow_start=True)
 
 
-@pytest.mark.profile("cpu", gpu=4)
+@pytest.mark.profile(cpu=1, gpu=4)
 def bench_pretraining_step(bench: Bench) -> None:
     """Forward and backward of contrast, masked words and matching, each side with the same negatives."""
     pytest.importorskip("transformers")

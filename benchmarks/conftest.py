@@ -35,16 +35,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         ("--gpu", "on a CUDA device, by priority"),
     ):
         group.addoption(name, dest="profile", action="store_const", const=name.strip("-"), help=text)
-    group.addoption("--time-limit", type=float, default=None, metavar="SECONDS", help="start no benchmark after this")
+    group.addoption(
+        "--time-limit", type=float, default=None, metavar="SECONDS", help="start no benchmark after this time"
+    )
     group.addoption("--seconds", type=float, default=None, metavar="SECONDS", help="time for the rounds of one group")
     group.addoption("--keep", action="store_true", help="write the JSON file to benchmarks/results/, for the report")
     group.addoption("--results", type=Path, default=None, metavar="FILE", help="the JSON file to write")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line(
-        "markers", 'profile("quick", "cpu", gpu=PRIORITY): the profiles that run this benchmark; priority 1 comes first'
-    )
     if config.option.profile == "gpu" and not torch.cuda.is_available():
         raise pytest.UsageError(f"--gpu needs a CUDA device; torch {torch.__version__} finds none")
 
@@ -55,8 +54,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         item.add_marker(pytest.mark.timeout(3600))
         (chosen if profile is None or profile in profiles(item) else others).append(item)
-    if profile == "gpu":
-        chosen.sort(key=lambda item: profiles(item)["gpu"])
+    if profile is not None:
+        chosen.sort(key=lambda item: profiles(item)[profile])
     if others:
         config.hook.pytest_deselected(items=others)
     items[:] = chosen
@@ -76,10 +75,11 @@ def bench(request: pytest.FixtureRequest, benchmark: Any) -> Bench:
     config = request.config
     options = config.option
     started = config.stash.setdefault(STARTED, time.monotonic())
-    if options.time_limit is not None and time.monotonic() - started > options.time_limit:
-        benchmark.skipped = True
-        pytest.skip(f"the time limit of {options.time_limit:g} s is up")
     profile = options.profile or "all"
+    limit = PROFILES[profile].limit if options.time_limit is None else options.time_limit
+    if limit is not None and time.monotonic() - started > limit:
+        benchmark.skipped = True
+        pytest.skip(f"the time limit of {limit:g} s is up")
     device = torch.device("cuda" if torch.cuda.is_available() and profile != "cpu" else "cpu")
     settings = PROFILES[profile]
     if options.seconds is not None:

@@ -3,7 +3,8 @@
 A benchmark is a pytest function that takes the fixture `bench`, describes one *group* (one problem, several contenders)
 and runs it. `bench_model.py` is the living example; this is the shape of all of them:
 
-    @pytest.mark.profile("quick", "cpu", gpu=1)              # which profiles run it; the GPU's has priorities, 1 first
+    @pytest.mark.profile("quick", "cpu", gpu=1)              # which profiles run it; with a priority ("cpu" is cpu=0),
+                                                             # 0 first: a profile stops where its time is up
     @pytest.mark.parametrize("tokens", [256, 2048])
     def bench_ffn_forward(bench: Bench, tokens: int) -> None:
         def inputs(seed: int) -> dict[str, Any]:              # called once for each rotating buffer
@@ -65,6 +66,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +97,7 @@ class Settings:
         min_rounds: rounds even where they take longer.
         max_rounds: rounds at most.
         sample_seconds: a sample loops until it takes about this long.
+        limit: seconds after which no further group is started; None for no limit.
     """
 
     profile: str = "all"
@@ -102,13 +105,14 @@ class Settings:
     min_rounds: int = 7
     max_rounds: int = 60
     sample_seconds: float = 0.02
+    limit: float | None = None
 
 
 PROFILES = {
     "all": Settings(),
-    "quick": Settings("quick", seconds=1.0, min_rounds=3, max_rounds=20, sample_seconds=0.005),
-    "cpu": Settings("cpu", seconds=6.0, min_rounds=7),
-    "gpu": Settings("gpu", seconds=1.0, min_rounds=10, sample_seconds=0.01),
+    "quick": Settings("quick", seconds=1.0, min_rounds=3, max_rounds=20, sample_seconds=0.005, limit=150.0),
+    "cpu": Settings("cpu", seconds=4.0, min_rounds=7, limit=1140.0),
+    "gpu": Settings("gpu", seconds=1.0, min_rounds=10, sample_seconds=0.01, limit=500.0),
 }
 
 
@@ -254,15 +258,16 @@ class Group:
         Args:
             contender: whose figure.
             against: the contender compared with; None for an absolute bound (seconds, or bytes).
-            of: "time"; "memory", the peak beyond the inputs; or "workspace", the peak beyond inputs and results.
+            of: "time"; "memory", the peak beyond the inputs; "workspace", the peak beyond inputs and results; or
+                "matmul", the share of the matmul ceiling, which is absolute.
             at_most: bound of figure / the other's figure.
-            at_least: bound of the other's figure / figure: how many times better.
+            at_least: bound of the other's figure / figure: how many times better; of "matmul" the share.
             key: its key in `promises.py`, by which the report finds it.
         """
         if (at_most is None) == (at_least is None):
             raise ValueError(f"{self.name}: a promise takes either at_most or at_least")
-        if against is None and at_most is None:
-            raise ValueError(f"{self.name}: an absolute promise takes at_most")
+        if against is None and (at_least is None) == (of == "matmul"):
+            raise ValueError(f"{self.name}: an absolute promise takes at_most, of matmul at_least")
         if key and key not in [known.key for known in PROMISES]:
             raise ValueError(f"{self.name}: promises.py has no key {key!r}")
         promise = {"contender": contender, "against": against, "of": of, "at_most": at_most, "at_least": at_least}
@@ -687,15 +692,15 @@ def _judged(promise: dict[str, Any], summaries: list[dict[str, Any]]) -> dict[st
 
 
 def _figure(summary: dict[str, Any], of: str) -> float | None:
-    if of == "time":
-        return summary.get("median")
+    if of in ("time", "matmul"):
+        return summary.get("median" if of == "time" else "of_matmul_ceiling")
     if summary["peak_bytes"] is None:
         return None
     if of == "memory":
         return summary["peak_bytes"]
     if of == "workspace":
         return max(summary["peak_bytes"] - summary["result_bytes"], 0)
-    raise ValueError(f"a promise must be of time, memory or workspace, got {of!r}")
+    raise ValueError(f"a promise must be of time, memory, workspace or matmul, got {of!r}")
 
 
 def relative_error(result: Tensor, reference: Tensor) -> tuple[float, float]:
@@ -750,15 +755,11 @@ def synchronize(device: torch.device) -> None:
 
 def measure_ceilings(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
     """Best rate of a square matmul in `dtype` (FLOP/s) and of a copy (bytes/s, read and write), of a few tries."""
-    dtype = torch.float32 if dtype == torch.float64 else dtype
-    side, copied, tries = (8192, 2**30, 10) if device.type == "cuda" else (2048, 2**26, 4)
-    a, b, c = (torch.randn(side, side, device=device).to(dtype) for _ in range(3))
-    source = torch.ones(copied, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
+    (a, b, c), (source, target) = _ceiling_tensors(device, torch.float32 if dtype == torch.float64 else dtype)
 
     def best(function: Callable[[], Any]) -> float:
         times = []
-        for _ in range(tries):
+        for _ in range(10 if device.type == "cuda" else 4):
             synchronize(device)
             start = time.perf_counter()
             function()
@@ -768,9 +769,16 @@ def measure_ceilings(device: torch.device, dtype: torch.dtype) -> dict[str, floa
 
     with torch.no_grad():
         return {
-            "flops": 2 * side**3 / best(lambda: torch.mm(a, b, out=c)),
-            "bandwidth": 2 * copied / best(lambda: target.copy_(source)),
+            "flops": 2 * len(a) ** 3 / best(lambda: torch.mm(a, b, out=c)),
+            "bandwidth": 2 * len(source) / best(lambda: target.copy_(source)),
         }
+
+
+@cache
+def _ceiling_tensors(device: torch.device, dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
+    side, copied = (8192, 2**30) if device.type == "cuda" else (2048, 2**26)
+    matrices = [torch.randn(side, side, device=device).to(dtype) for _ in range(3)]
+    return matrices, [torch.ones(copied, dtype=torch.uint8, device=device) for _ in range(2)]
 
 
 def peak_memory(function: Callable[[], Any], device: torch.device) -> tuple[int | None, float]:

@@ -309,7 +309,9 @@ def _digits(value: float) -> str:
 
 
 def amount(value: float, of: str) -> str:
-    """A time or a size."""
+    """A time, a size or a share."""
+    if of == "matmul":
+        return f"{value:.0%}"
     return seconds(value) if of == "time" else size(value)
 
 

@@ -1,0 +1,104 @@
+"""What the benchmarks feed to contenders and oracles: shortcuts that must be exact."""
+
+import pytest
+import torch
+
+from benchmarks import bench_attention, bench_contrastive, bench_ffn, bench_model, harness
+from benchmarks.harness import Bench, Results, Settings
+from vlmo_fast import ops
+from vlmo_fast.ops import reference
+
+SETTINGS = Settings("cpu", seconds=0.0, min_rounds=2, sample_seconds=0.0)
+
+
+@pytest.fixture
+def bench(monkeypatch):
+    monkeypatch.setattr(harness, "measure_ceilings", lambda device, dtype: {"flops": 1e11, "bandwidth": 1e10})
+    monkeypatch.setattr(harness, "_cache_bytes", lambda device: 0)
+    return Bench(Results(None, "cpu", torch.device("cpu")), SETTINGS, torch.device("cpu"))
+
+
+def errors(bench):
+    (record,) = bench.results.data["groups"]
+    return {contender["name"]: contender["error"] for contender in record["contenders"]}
+
+
+def test_the_contrastive_oracle_answers_for_repeated_pairs(bench, monkeypatch):
+    """Loss and all gradients of 40 pairs, ten distinct ones four times, from the small problem."""
+    monkeypatch.setattr(bench_contrastive, "DISTINCT", 10)
+    made = bench_contrastive.embeddings(bench, 40, seed=0)
+    assert torch.equal(made["image_embeds"][:10], made["image_embeds"][30:])
+    leaves = [tensor.double().requires_grad_() for tensor in made.values()]
+    short, full = bench_contrastive.exact(*leaves), reference.contrastive_loss(*leaves)
+    torch.testing.assert_close(short, full, rtol=1e-12, atol=0)
+    for ours, theirs in zip(torch.autograd.grad(short, leaves), torch.autograd.grad(full, leaves), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-14)
+
+
+@pytest.mark.parametrize("kind", ["captions", "images", "pairs"])
+def test_padded_attention_is_packed_attention(kind):
+    batch = bench_attention.Batch(kind, 3, torch.device("cpu"))
+    qkv = torch.randn(batch.num_rows, 3, 2, 8, dtype=torch.float64)
+    bias = torch.randn(2, batch.bias_rows, batch.bias_rows, dtype=torch.float64)
+    packed = reference.packed_attention(*qkv.unbind(1), batch.segments, bias, False, 8**-0.5)
+    padded = reference.attention(*batch.padded(qkv), bias, batch.real, 8**-0.5)  # (B, H, S, d)
+    for row in range(3):
+        real = batch.real[row]
+        rows = batch.places[row][real]
+        torch.testing.assert_close(padded[row][:, real].transpose(0, 1), packed[rows], rtol=1e-10, atol=1e-12)
+    assert int(batch.real.sum()) == batch.num_rows
+
+
+def test_stacked_experts_are_the_same_experts():
+    sizes = (3, 5)
+    experts = [
+        ops.ExpertWeights(*(torch.randn(shape) for shape in ((16,), (16,), (64, 16), (64,), (16, 64), (16,))))
+        for _ in sizes
+    ]
+    x, scale = torch.randn(8, 16), torch.randn(16)
+    expected = reference.mome_ffn(x, sizes, experts, scale, None, bench_ffn.EPS)
+    grouped = bench_ffn._grouped_mm(sizes, x, bench_ffn._stacked(experts), scale)
+    torch.testing.assert_close(grouped, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_captions_have_the_lengths_of_captions():
+    lengths = bench_model.caption_lengths(4096, 0).double()
+    assert (lengths.min() >= 6) and (lengths.max() <= 40)
+    assert lengths.mean() == pytest.approx(13, abs=0.2)
+    assert [len(text) for text in bench_model.captions(5, 1)] == bench_model.caption_lengths(5, 1).tolist()
+
+
+def test_draws_and_ranks_are_known_before_they_are_made(bench):
+    """Every contender, ours and peers, gives exactly what the oracle says."""
+    bench_contrastive.bench_sampling(bench, 32)
+    assert errors(bench) == {"ours": 0.0, "eager": 0.0, "released": 0.0}
+    bench.results.data["groups"].clear()
+    bench_contrastive.bench_ranks(bench, 20)
+    assert errors(bench) == {"ours": 0.0, "eager, sorting": 0.0}
+
+
+def test_contenders_of_the_contrastive_loss_agree(bench, monkeypatch):
+    monkeypatch.setattr(bench_contrastive, "WIDTH", 32)
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    bench_contrastive.bench_contrastive(bench, 64, "forward+backward")
+    found = errors(bench)
+    assert {"ours", "ours, similarities kept", "eager", "eager, logits twice", "bare matmuls"} <= set(found)
+
+
+@pytest.mark.parametrize("case", ["captions", "pairs"])
+def test_contenders_of_the_whole_model_agree(bench, monkeypatch, case):
+    """A small model in place of base; the peers from transformers are left out."""
+    small = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "num_vl_layers": 1, "image_size": 32}
+    monkeypatch.setitem(bench_model.CASES, case, (*bench_model.CASES[case][:1], 3, 1.0))
+    monkeypatch.setattr(bench_model, "other_models", lambda *arguments: None)
+    from vlmo_fast import MoMEConfig
+
+    monkeypatch.setattr(MoMEConfig, "from_preset", classmethod(lambda cls, name: cls(**small)))
+    bench_model.networks.cache_clear()
+    try:
+        for output in ("embedding", "all tokens"):
+            bench.results.data["groups"].clear()
+            bench_model.bench_inference(bench, case, output)
+            assert set(errors(bench)) == {"ours", "released"}
+    finally:
+        bench_model.networks.cache_clear()
