@@ -69,8 +69,16 @@ def profiles(item: pytest.Item) -> dict[str, int]:
     return found
 
 
+@pytest.fixture(scope="session")
+def extensions_built() -> None:
+    """The libraries of `csrc/`, as far as this machine can build them."""
+    from vlmo_fast import build
+
+    build.main(["--optional"])
+
+
 @pytest.fixture
-def bench(request: pytest.FixtureRequest, benchmark: Any) -> Bench:
+def bench(request: pytest.FixtureRequest, benchmark: Any, extensions_built: None) -> Bench:
     """The door to the harness: `bench.group(...)`."""
     config = request.config
     options = config.option

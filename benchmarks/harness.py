@@ -74,6 +74,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.promises import PROMISES
+from vlmo_fast import extensions
 
 ROOT = Path(__file__).resolve().parents[1]
 SCHEMA = 1
@@ -886,6 +887,7 @@ def machine(device: torch.device) -> dict[str, Any]:
         "system": platform.system(),
         "gpu": gpu,
         "versions": versions,
+        "extensions": [name for name in extensions.NAMES if extensions.is_built(name)],
     }
 
 

@@ -195,7 +195,7 @@ def show(item: Profile) -> str:
     """A profile as lines of text."""
     floor = max(item.compute_seconds, item.memory_seconds)
     side = "arithmetic" if item.compute_seconds >= item.memory_seconds else "memory"
-    mix = ", ".join(f"{kind} {share:.0%}" for kind, share in sorted(item.mix.items(), key=lambda pair: -pair[1]))
+    mix = ", ".join(f"{kind} {share:.1%}" for kind, share in sorted(item.mix.items(), key=lambda pair: -pair[1]))
     return (
         f"{item.kernel}, sm_{item.capability}\n"
         f"  {item.registers} registers, {item.shared / 1024:.1f} KiB shared, {item.spills} spills, "

@@ -324,7 +324,8 @@ def machine_line(run: Run) -> str:
     if gpu:
         text = f"{gpu['name']} ({size(gpu['memory'])}, CUDA {gpu['cuda']}, driver {gpu['driver']}) with {text}"
     named = ", ".join(f"{name} {version}" for name, version in versions.items() if version)
-    return f"{text}; {named}"
+    built = ", ".join(machine["extensions"]) or "none"
+    return f"{text}; {named}; extensions built: {built}"
 
 
 def provenance(run: Run) -> str:

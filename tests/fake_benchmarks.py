@@ -10,6 +10,7 @@ MACHINE = {
     "memory": 2**34,
     "system": "Linux",
     "gpu": None,
+    "extensions": ["cpu"],
     "versions": {"python": "3.11.0", "torch": "2.13.0", "triton": None, "transformers": None, "xformers": None},
 }
 

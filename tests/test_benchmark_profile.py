@@ -60,11 +60,12 @@ def test_the_roofline_is_the_larger_of_two_times():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("op", ["packed_attention"])
+@pytest.mark.parametrize("op", list(profile.OPS))
 def test_the_kernels_of_an_op(op):
     """The jobs of the kernels' own tests, built for sm_90."""
-    for item in profile.profile(op, 90, 790e12, 4.3e12):
+    profiles = profile.profile(op, 90, 790e12, 4.3e12)
+    assert any(item.mix.get("tensor cores", 0) > 0 for item in profiles)
+    for item in profiles:
         assert item.spills == 0
         assert item.blocks >= 1
-        assert item.mix["tensor cores"] > 0
-        assert max(item.compute_seconds, item.memory_seconds) > 0
+        assert item.memory_seconds > 0
