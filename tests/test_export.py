@@ -8,7 +8,8 @@ from torch._dynamo.testing import CompileCounter
 
 import vlmo_fast
 from vlmo_fast import MoMEConfig, MoMETransformer
-from vlmo_fast.export import export_encoder, package_encoder
+from vlmo_fast.export import export_encoder, package_encoder, without_custom_ops
+from vlmo_fast.nn import ExpertFeedForward
 
 SIZES = {
     "hidden_size": 16,
@@ -52,6 +53,10 @@ def arguments(encoder: str, batch: int = 3, length: int = 7) -> dict[str, torch.
     return {name: every[name] for name in names}
 
 
+def custom_ops(program) -> list[str]:
+    return [str(node.target) for node in program.graph.nodes if "vlmo_fast" in str(node.target)]
+
+
 BATCHES = [(3, 7), (1, 12), (5, 2), (2, 9), (8, 3), (3, 12)]
 
 
@@ -83,7 +88,9 @@ def test_few_compilations_of_training():
 def test_programs_take_any_batch_and_length(positions, encoder, tmp_path):
     """Saved and loaded, for sizes other than those it was traced with, the ends of the ranges among them."""
     model = build(positions)
-    torch.export.save(export_encoder(model, encoder, max_batch_size=64), tmp_path / "encoder.pt2")
+    exported = export_encoder(model, encoder, max_batch_size=64)
+    assert not custom_ops(exported)
+    torch.export.save(exported, tmp_path / "encoder.pt2")
     program = torch.export.load(tmp_path / "encoder.pt2").module()
     for batch, length in [(1, 2), (1, 12), (64, 3), (5, 7)]:
         inputs = arguments(encoder, batch, length)
@@ -91,6 +98,29 @@ def test_programs_take_any_batch_and_length(positions, encoder, tmp_path):
         torch.testing.assert_close(program(*inputs.values()), wanted)
     with pytest.raises((AssertionError, RuntimeError)):
         program(*arguments(encoder, 65, 3).values())
+
+
+def test_custom_ops_become_torchs_own():
+    """Each group's size may be dynamic; the result runs where the ops are not."""
+    ffn = ExpertFeedForward(8, ("language", "vision"), layer_scale_init_value=0.5).eval()
+
+    class Pair(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.ffn = ffn
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.ffn(x, (("language", 3), ("vision", 2)))
+
+    x, batch = torch.randn(4, 5, 8), torch.export.Dim("batch", min=1, max=64)
+    with torch.no_grad():
+        program = torch.export.export(Pair(), (x,), dynamic_shapes=({0: batch},), strict=True)
+    assert custom_ops(program)
+    program = without_custom_ops(program)
+    assert not custom_ops(program)
+    for size in (1, 4, 9):
+        x = torch.randn(size, 5, 8)
+        torch.testing.assert_close(program.module()(x), Pair()(x))
 
 
 def test_export_takes_heads_and_leaves_the_model_as_it_was():

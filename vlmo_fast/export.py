@@ -13,10 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
+from vlmo_fast import ops
 from vlmo_fast._files import write_whole
 from vlmo_fast.model import MoMETransformer
+from vlmo_fast.ops import reference
 
-__all__ = ["ENCODERS", "export_encoder", "package_encoder"]
+__all__ = ["ENCODERS", "export_encoder", "package_encoder", "without_custom_ops"]
 
 
 class _Image(nn.Module):
@@ -89,15 +91,31 @@ def export_encoder(model: nn.Module, encoder: str, *, max_batch_size: int = 4096
     names = {"image": ("pixel_values",), "text": ("input_ids", "attention_mask"), "pair": tuple(examples)}[encoder]
     was_training = backbone.training
     try:
-        # strict: the tracer follows len() and the like, which would fix the batch size.
-        return torch.export.export(
-            ENCODERS[encoder](backbone.eval()),
-            tuple(examples[name] for name in names),
-            dynamic_shapes={name: {0: batch} if name == "pixel_values" else {0: batch, 1: length} for name in names},
-            strict=True,
-        )
+        with torch.no_grad():
+            # strict: the tracer follows len() and the like, which would fix the batch size.
+            program = torch.export.export(
+                ENCODERS[encoder](backbone.eval()),
+                tuple(examples[name] for name in names),
+                dynamic_shapes={
+                    name: {0: batch} if name == "pixel_values" else {0: batch, 1: length} for name in names
+                },
+                strict=True,
+            )
+        return without_custom_ops(program)
     finally:
         backbone.train(was_training)
+
+
+def without_custom_ops(program: ExportedProgram) -> ExportedProgram:
+    """The same program in torch's own operators, by the ops' references: it then runs where this package is not."""
+
+    def mome_ffn(x: Tensor, group_sizes: list[int], *arguments: Any) -> tuple[Tensor, Tensor, list[Any], list[Any]]:
+        columns, (layer_scale, row_scale, eps, *_) = arguments[:6], arguments[6:]
+        experts = [ops.ExpertWeights(*expert) for expert in zip(*columns, strict=True)]
+        out = reference.mome_ffn(x, group_sizes, experts, layer_scale, row_scale, eps)
+        return out, x.new_empty(0), [], []  # what the backward pass would need
+
+    return program.run_decompositions({torch.ops.vlmo_fast.mome_ffn.default: mome_ffn})
 
 
 def package_encoder(
