@@ -456,6 +456,8 @@ def tiles_for(kernel: str, capability: int, element_size: int, rows: int, column
         return Tiles(16, 32, 16, 2, 4, 1, 3)
     block_k = 128 // element_size
     if rows <= 512:
+        if kernel == "fc2":  # few columns, a long sum: many small tiles, two steps of the sum at a time
+            return Tiles(64, 32, 2 * block_k, 1, 4, 4, 2)
         return Tiles(64, 64, block_k, 1, 4, 4, 2)
     if capability < 90:
         if kernel == "dgrad2":
