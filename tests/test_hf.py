@@ -315,6 +315,30 @@ def test_device_map(tmp_path):
     assert not [name for name in placed if ".blocks." in name and name.count(".") > 2]
 
 
+@pytest.mark.parametrize("head", ["VLMoForQuestionAnswering", "VLMoForImageTextRetrieval"])
+@pytest.mark.parametrize("everything", [False, True])
+def test_weights_on_the_disk(head, everything, tmp_path):
+    """Loaded when they are needed, twice the same; nothing of them stays, but what the backbone reads by itself."""
+    model = build(head)
+    model.save_pretrained(tmp_path / "model")
+    inputs = batch(head)
+    placed = dict.fromkeys(f"backbone.{name}" for name, _ in model.backbone.named_children())
+    placed |= dict.fromkeys([name for name, _ in model.named_children() if name != "backbone"])
+    placed |= dict.fromkeys([name for name, x in model.named_parameters() if not x.ndim])
+    for name in placed:
+        stays = name in ("logit_scale", "backbone.text_embeddings") if everything else "blocks" not in name
+        placed[name] = "cpu" if stays else "disk"
+    split = getattr(vlmo_fast, head).from_pretrained(
+        tmp_path / "model", device_map=placed, offload_folder=str(tmp_path / "disk")
+    )
+    wanted = fields(model(**inputs))
+    for _ in range(2):
+        actual = fields(split(**inputs))
+        assert all(torch.equal(actual[name], wanted[name]) for name in wanted)
+        assert all(p.is_meta for p in split.backbone.blocks.parameters())
+    assert not split.backbone.modality_type_embeddings.weight.is_meta
+
+
 def test_accelerate(tmp_path):
     """Accelerator.prepare and backward, two steps: the steps of plain torch."""
     models = []

@@ -153,6 +153,17 @@ class VLMoPreTrainedModel(PreTrainedModel):
 
     backbone: MoMETransformer
 
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers; weights that `device_map` leaves on the CPU or the disk are loaded by block."""
+        loaded = super().from_pretrained(*args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        if {"cpu", "disk"} & set(map(str, getattr(model, "hf_device_map", {}).values())):
+            from vlmo_fast.hf.offload import load_parts_whole
+
+            load_parts_whole(model)
+        return loaded
+
     def post_init(self) -> None:
         """As in transformers; the attention that the configuration asks for then reaches the door."""
         super().post_init()
