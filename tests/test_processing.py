@@ -1,5 +1,8 @@
 """The processor: pixels and tokens as the release makes them, saved with the model, found by Auto classes."""
 
+import importlib.util
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -22,6 +25,7 @@ import vlmo_fast
 from vlmo_fast import VLMoConfig, VLMoImageProcessor, VLMoProcessor
 from vlmo_fast.hf import augment
 from vlmo_fast.hf.augment import TrainingAugmentation
+from vlmo_fast.hf.sentence_transformers import describe_for_sentence_transformers
 
 WORDS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "melon", "left", "of", "boar", "##s", "?")
 SIZES = {
@@ -160,6 +164,37 @@ def test_auto_classes(auto, head, tmp_path):
     again = auto.from_pretrained(tmp_path)
     assert type(again).__name__ == head
     assert all(torch.equal(x, model.state_dict()[name]) for name, x in again.state_dict().items())
+
+
+def test_sentence_transformers(processor, tmp_path):
+    """The files that it wrote itself (6.2.0) for such a model; where it is installed, it loads them."""
+    model = vlmo_fast.VLMoModel(VLMoConfig(**SIZES)).eval()
+    with pytest.raises(FileNotFoundError, match=r"folder must hold config\.json"):
+        describe_for_sentence_transformers(tmp_path)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"folder must hold processor_config\.json"):
+        describe_for_sentence_transformers(tmp_path)
+    processor.save_pretrained(tmp_path)
+    describe_for_sentence_transformers(tmp_path)
+    transformer = json.loads((tmp_path / "sentence_bert_config.json").read_text())
+    for modality, parameters in transformer["modality_config"].items():
+        content = {"text": ["a melon"]} if modality == "text" else {"images": [photo()]}
+        inputs = processor(**content, return_tensors="pt")
+        output = getattr(model, parameters["method"])(**inputs)
+        assert getattr(output, parameters["method_output_name"]).norm().item() == pytest.approx(1)
+    if importlib.util.find_spec("sentence_transformers") is None:
+        return
+    from sentence_transformers import SentenceTransformer
+
+    loaded = SentenceTransformer(str(tmp_path))
+    for items, inputs in (
+        (["a melon", "left of a boar"], processor(text=["a melon", "left of a boar"], return_tensors="pt")),
+        ([photo()], processor(images=[photo()], return_tensors="pt")),
+    ):
+        with torch.no_grad():
+            output = model(**inputs)
+        wanted = output.text_embeds if output.image_embeds is None else output.image_embeds
+        assert np.allclose(loaded.encode(items), wanted.numpy(), atol=1e-6)
 
 
 # Training

@@ -82,7 +82,8 @@ def _parser() -> argparse.ArgumentParser:
     model.add_argument(
         "--vocab",
         metavar="FILE",
-        help="put a processor with this WordPiece vocabulary into OUT; 'bert' is BERT's of the released models",
+        help="put a processor with this WordPiece vocabulary into OUT ('bert': the released models'); a dual encoder "
+        "then loads in sentence-transformers too",
     )
     model.add_argument("--seed", type=int, default=0, help="for tensors that start fresh (default: %(default)s)")
     output = parser.add_argument_group("output")
@@ -152,6 +153,10 @@ def _save(model: VLMoPreTrainedModel, processor: VLMoProcessor | None, folder: P
     model.save_pretrained(folder)
     if processor is not None:
         processor.save_pretrained(folder)
+    if processor is not None and model.backbone.image_projection is not None:
+        from vlmo_fast.hf.sentence_transformers import describe_for_sentence_transformers
+
+        describe_for_sentence_transformers(folder)
 
 
 def _open(args: argparse.Namespace, settings: dict[str, Any]) -> Conversion:
