@@ -7,6 +7,7 @@ import pytest
 import tolerances
 import torch
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 from vlmo_fast import ops
 from vlmo_fast.ops import _buckets, _packed_attention, dispatch, reference
@@ -135,8 +136,9 @@ def test_float32_of_odd_lengths(lengths, backend):
 @pytest.mark.parametrize("width", [16, 32, 34, 64])
 def test_rounding_of_dtypes_and_head_sizes(dtype, width):
     lengths = [(12, 0), (9, 21), (0, 21), (9, 21), (14, 0)]
-    check_rounding(*problem(lengths, width=width, dtype=dtype))
-    check_rounding(*problem(lengths, width=width, dtype=dtype, cls_only=True), True)
+    for backend in ("bucketed", "sdpa"):
+        check_rounding(*problem(lengths, width=width, dtype=dtype), False, backend)
+        check_rounding(*problem(lengths, width=width, dtype=dtype, cls_only=True), True, backend)
 
 
 @pytest.mark.parametrize("backend", ["bucketed", "sdpa"])
@@ -272,6 +274,14 @@ def test_export():
     )
 
 
+def test_flop_formula():
+    """Counted as if each sequence had the largest length."""
+    tensors, segments, _ = problem([(3, 4), (2, 0)], heads=2, width=8)
+    with FlopCounterMode(display=False) as counter:
+        run(tensors, segments, 7).sum().backward()
+    assert counter.get_total_flops() == (4 + 10) * 9 * 2 * 8 * 7
+
+
 @pytest.mark.usefixtures("nan_filled_empty")
 def test_deterministic():
     """Under torch's deterministic algorithms, and the same bits twice."""
@@ -334,7 +344,7 @@ def test_many_compositions_compile_twice():
 
 
 def test_choices():
-    """Triton's kernels on CUDA where they take the problem; elsewhere torch's operators, fused without gradients."""
+    """Triton's kernels on CUDA where they take the problem; elsewhere torch's operators, fused in full precision."""
     half, single, double = torch.bfloat16, torch.float32, torch.float64
 
     def chosen(*problem, **more):
@@ -343,14 +353,14 @@ def test_choices():
     for dtype in (half, torch.float16, single):
         assert chosen("cuda", dtype, True, 64) == "triton"
         assert chosen("cuda", dtype, True, 128) == "triton"
-        assert chosen("cuda", dtype, True, 129) == "bucketed"
+        assert chosen("cuda", dtype, True, 129) == ("sdpa" if dtype == single else "bucketed")
         assert chosen("cuda", dtype, False, 136) == "sdpa"
-    assert chosen("cuda", double, True, 64) == "bucketed"
-    assert chosen("cuda", double, False, 64) == "sdpa"
-    for dtype in (half, single, double):
-        assert chosen("cpu", dtype, True, 64) == chosen("cpu", dtype, False, 64) == "bucketed"
-        assert chosen("mps", dtype, True, 64) == "bucketed"
-    assert chosen("cpu", single, interpreted=True) == "bucketed"  # never by itself
+    for device in ("cuda", "cpu", "mps"):
+        assert chosen(device, double, True, 64) == chosen(device, double, False, 64) == "sdpa"
+    for needs_grad in (False, True):
+        assert chosen("cpu", half, needs_grad, 64) == "bucketed"
+        assert chosen("cpu", single, needs_grad, 64) == "sdpa"
+    assert chosen("cpu", single, interpreted=True) == "sdpa"  # the kernels never by themselves
 
 
 def test_a_missing_triton_is_passed_over(monkeypatch):
@@ -380,7 +390,7 @@ def test_the_kernels_need_cuda_or_the_interpreter(monkeypatch):
 @pytest.mark.parametrize("backend", ["auto", "bucketed", "sdpa", "eager"])
 def test_the_op_runs_what_was_selected(backend, monkeypatch):
     tensors, segments, longest = problem([(2, 0)], grad=False)
-    wanted = "bucketed" if backend == "auto" else backend
+    wanted = "sdpa" if backend == "auto" else backend
     seen = []
     attend = _buckets.attend
     monkeypatch.setattr(_buckets, "attend", lambda *a: seen.append(a[-1]) or attend(*a))

@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 import tolerances
 import torch
-from test_packed_attention import oracle, problem, run
+from test_packed_attention import oracle, pack, problem, run
 from triton_aot import Job, check_build, compile_ahead
 
+from vlmo_fast import ops
 from vlmo_fast.kernels import attention as kernels
 
 GPU = torch.cuda.is_available()
@@ -116,6 +117,51 @@ def test_a_bias_with_padded_rows_is_not_copied():
         assert torch.equal(copy, other)
     assert kernels._aligned(torch.zeros(2, 45, 45), 1)[1] == 1
     assert kernels._aligned(torch.zeros(2 * 45 * 48 + 1)[1:].view(2, 45, 48), 8)[1] == 1  # starts between multiples
+
+
+# On a GPU
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_base(dtype):
+    compare(*problem([(12, 197), (40, 197), (9, 0), (0, 197), (9, 0)], heads=12, width=64, dtype=dtype))
+
+
+@pytest.mark.gpu
+def test_a_captured_graph_takes_other_lengths():
+    """Without a table on the host: as many sequences and rows, of lengths that only the device knows."""
+    tensors, segments, _ = problem(
+        [(12, 20), (7, 0)], heads=2, width=64, dtype=torch.bfloat16, places=80, text_places=40
+    )
+    query, key, value, bias = (x.detach().cuda() for x in tensors)
+    table = segments.cuda()
+
+    def step():
+        return ops.packed_attention(query, key, value, table, bias, max_length=40)
+
+    step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = step()
+    other, _ = pack([(9, 0), (11, 19)], text_places=40)
+    for composition in (segments, other):
+        table.copy_(composition)
+        graph.replay()
+        assert torch.equal(out, step())
+
+
+@pytest.mark.gpu
+def test_the_same_bits_twice():
+    tensors, segments, longest = problem([(12, 40)] * 40, heads=2, width=64, dtype=torch.bfloat16)
+    tensors = [x.detach().cuda().requires_grad_() for x in tensors]
+    seed = torch.randn_like(tensors[0])
+    first, second = (
+        torch.autograd.grad(run(tensors, segments.cuda(), longest, backend="triton"), tensors, seed) for _ in range(2)
+    )
+    for one, other in zip(first, second, strict=True):
+        assert torch.equal(one, other)
 
 
 # What the compiler makes of them

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from vlmo_fast.ops import _buckets, reference
 from vlmo_fast.ops.dispatch import Problem, select, triton_interprets
@@ -275,3 +276,18 @@ torch.library.impl("vlmo_fast::packed_attention_backward", "default", _backward)
 torch.library.register_fake("vlmo_fast::packed_attention", _fake)
 torch.library.register_fake("vlmo_fast::packed_attention_backward", _fake_backward)
 torch.library.register_autograd("vlmo_fast::packed_attention", _autograd, setup_context=_setup_context)
+
+
+# Shapes do not tell how long each sequence is: as if all were of the largest length.
+
+
+@register_flop_formula(torch.ops.vlmo_fast.packed_attention)
+def _flops(query: Any, key: Any, value: Any, segments: Any, *rest: Any, **_: Any) -> int:
+    max_length = rest[2]
+    return 4 * int(query[0] * query[1] * query[2] * max_length)
+
+
+@register_flop_formula(torch.ops.vlmo_fast.packed_attention_backward)
+def _flops_backward(grad: Any, query: Any, key: Any, value: Any, segments: Any, *rest: Any, **_: Any) -> int:
+    max_length = rest[4]
+    return 10 * int(query[0] * query[1] * query[2] * max_length)

@@ -149,7 +149,10 @@ _IMPLEMENTATIONS: dict[str, tuple[_Implementation, ...]] = {
         _Implementation(
             "sdpa",
             _everywhere("torch's fused attention, a call for each shape of sequence; backward written out"),
-            automatic=lambda problem: problem.device != "cpu" and not problem.needs_grad,
+            # In half precision it rounds the bias, which the backward pass does not, and on a CPU it is the slower one.
+            automatic=lambda problem: (
+                problem.dtype in (torch.float32, torch.float64) or (problem.device != "cpu" and not problem.needs_grad)
+            ),
         ),
         _Implementation("bucketed", _everywhere("matrix products and softmax for each shape of sequence")),
         _Implementation("xformers", _takes_xformers, automatic=lambda problem: False),
