@@ -85,6 +85,7 @@ ifneq ($(TORCH_INDEX_URL),)
 endif
 	$(PIP) install -c $(VENV)/constraints.txt setuptools wheel '$(TORCH)'
 	$(PIP) install -c $(VENV)/constraints.txt --no-build-isolation -e '.[dev]'
-	$(BIN)/python -m vlmo_fast build cpu --optional
+	$(PIP) install -c $(VENV)/constraints.txt --no-deps nvidia-cutlass # headers; its own requirements are for other uses
+	$(BIN)/python -m vlmo_fast build --optional
 	@printf '%s\n' 'PYTHON ?= $(BASE_PYTHON)' 'TORCH ?= $(TORCH)' > $(VENV)/settings.mk
 	@touch $@

@@ -72,6 +72,10 @@ def cut_cross_entropy() -> Callable[..., Tensor]:
     return run
 
 
+def named(backend: str) -> Callable[..., Tensor]:
+    return lambda **inputs: ops.contrastive_loss(**inputs, backend=backend)
+
+
 def exact(image_embeds: Tensor, text_embeds: Tensor, logit_scale: Tensor) -> Tensor:
     """The oracle: eager, on the distinct pairs where pairs repeat."""
     copies = max(len(image_embeds) // DISTINCT, 1) if len(image_embeds) > 2 * DISTINCT else 1
@@ -127,6 +131,9 @@ def bench_contrastive(bench: Bench, pairs: int, mode: str) -> None:
         )
     if everything:
         group.ours("ours, chunked torch", lambda **inputs: ops.contrastive_loss(**inputs, backend="chunked"))
+    if on_gpu:
+        for backend in ("cuda-sm90a", "cuda", "cuda-blocks"):
+            group.ours(f"ours, {backend}", named(backend), may_refuse=(NotImplementedError, ImportError))
     if fits:
         group.peer("eager", reference.contrastive_loss)
     if fits and everything:

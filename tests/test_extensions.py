@@ -97,6 +97,17 @@ def test_the_best_instruction_set_is_chosen(compiled: Compiled) -> None:
 
 
 @pytest.mark.usefixtures("cpu_extension")
+def test_logits_far_below_zero() -> None:
+    """Whole panels and tiles left out beside logits of -2,000: nothing times exp(2,000) must not become NaN."""
+    block = torch.randn(300, 1100) - 2000
+    row_ids, column_ids = torch.arange(300) // 150, torch.arange(1100) // 600
+    wanted, ours = on_both(block, _similarity.Excluded(row_ids, column_ids), 0)
+    assert not any(tensor.isnan().any() for tensor in ours)
+    for a, b in zip(ours, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-3, atol=1e-9)  # a logit of 2,000 is rounded to 1e-4
+
+
+@pytest.mark.usefixtures("cpu_extension")
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_kernels_pass_on_what_is_not_finite(value: float) -> None:
     block = torch.randn(130, 600)

@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     unknown = [name for name in args.names if name not in extensions.NAMES]
     if unknown:
         parser.error(f"NAME must be one of {', '.join(extensions.NAMES)}, got {unknown[0]}")
-    names = args.names or [name for name in extensions.NAMES if name == "cpu" or _nvcc(required=False)]
+    names = args.names or [name for name in extensions.NAMES if name == "cpu" or find_nvcc()]
     try:
         for name in names:
             print(f"vlmo-fast build: {build(name, jobs=args.jobs, force=args.force)}")
@@ -100,6 +100,8 @@ def build(name: str, *, jobs: int | None = None, force: bool = False) -> Path:
     (folder / "log.txt").write_text(done.stdout + done.stderr)
     if done.returncode:
         raise BuildError(f"the {name} extension did not compile:\n{done.stdout[-6000:]}{done.stderr[-2000:]}")
+    if "C7510" in done.stdout:
+        raise BuildError(f"ptxas serialised wgmma (C7510), which costs most of its speed:\n{done.stdout[-6000:]}")
     for old in extensions.FOLDER.glob(f"vlmo_fast_{name}-*.so"):
         old.unlink()
     unfinished.replace(target)  # in one step: a process that loads it never sees half of it
@@ -140,15 +142,53 @@ def _cpu() -> _Rules:
 
 
 def _cuda() -> _Rules:
-    raise BuildError("the cuda extension has no sources yet")
+    nvcc, torch, cutlass = _nvcc(), _torch(), _cutlass()
+    folder = extensions.PACKAGE / "csrc" / "cuda"
+    portable = (
+        "-gencode=arch=compute_80,code=sm_80",
+        "-gencode=arch=compute_80,code=compute_80",
+    )  # and PTX for the rest
+    hopper = ("-gencode=arch=compute_90a,code=sm_90a", "--expt-relaxed-constexpr", f"-I{_quote(cutlass)}")
+    objects = [
+        _Object(folder / "similarity.cu", "similarity.o", (*portable, *STABLE_ABI, "-DUSE_CUDA"), "nvcc"),
+        _Object(folder / "similarity_sm80.cu", "similarity_sm80.o", portable, "nvcc"),
+        _Object(folder / "similarity_sm90.cu", "similarity_sm90.o", hopper, "nvcc"),
+    ]
+    # -DNDEBUG: with its assertions, CUTLASS's loop makes ptxas serialise wgmma (C7510). -v: registers and spills.
+    flags = "-std=c++20 -O3 -DNDEBUG -Xcompiler -fPIC,-fvisibility=hidden -Xptxas -v"
+    return _Rules(
+        cxx="false",
+        nvcc=f"{_quote(nvcc)} {flags} -isystem {_quote(torch / 'include')} $flags -MD -MF $out.d -c $in -o $out",
+        link=f"{_quote(nvcc)} -shared -cudart static $in -L{_quote(torch / 'lib')} -ltorch -ltorch_cpu -lc10 -o $out",
+        objects=objects,
+    )
 
 
-def _nvcc(required: bool = True) -> str | None:
-    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
-    path = shutil.which("nvcc") or shutil.which("nvcc", path=str(Path(home) / "bin"))
-    if path is None and required:
+def _cutlass() -> Path:
+    """CUTLASS's headers: what CUTLASS_PATH names, or those in the package nvidia-cutlass."""
+    given = os.environ.get("CUTLASS_PATH")
+    spec = None if given else find_spec("cutlass_library")
+    if spec is not None and spec.origin is not None:
+        given = str(Path(spec.origin).parent / "source")
+    if given is None or not Path(given, "include", "cutlass", "cutlass.h").is_file():
+        raise BuildError(
+            "CUTLASS's headers are missing; to install them (and nothing else): "
+            f"{sys.executable} -m pip install --no-deps nvidia-cutlass"
+        )
+    return Path(given) / "include"
+
+
+def _nvcc() -> str:
+    path = find_nvcc()
+    if path is None:
         raise BuildError("nvcc is missing; `vlmo-fast doctor` says how to install the CUDA toolkit")
     return path
+
+
+def find_nvcc() -> str | None:
+    """CUDA's compiler, on PATH or where CUDA_HOME says."""
+    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
+    return shutil.which("nvcc") or shutil.which("nvcc", path=str(Path(home) / "bin"))
 
 
 def _torch() -> Path:

@@ -42,8 +42,8 @@ inline void join(float part_top, double part_total, float& top, double& total) {
   if (part_top > top) {
     total = total * exp(static_cast<double>(top) - part_top) + part_total;  // exp(-inf) is 0
     top = part_top;
-  } else {
-    total += part_total * exp(static_cast<double>(finite_shift(part_top)) - finite_shift(top));
+  } else {  // without a maximum the part is 0 (or NaN): a shift in its place could give 0 * infinity
+    total += part_top == -kInfinity ? part_total : part_total * exp(static_cast<double>(part_top) - top);
   }
 }
 

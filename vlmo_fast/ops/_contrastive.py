@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vlmo_fast.distributed import Ranks, gather, log_sum_exp, scale_gradient
-from vlmo_fast.ops import _similarity, reference
+from vlmo_fast.ops import _similarity, _similarity_tiles, reference
 from vlmo_fast.ops._similarity import Excluded
 from vlmo_fast.ops.dispatch import Problem, select
 
@@ -242,7 +242,9 @@ def _check_sizes(op: str, image_embeds: Tensor, text_embeds: Tensor, ranks: Rank
 
 def _problem(image_embeds: Tensor, text_embeds: Tensor, ranks: Ranks = Ranks()) -> Problem:  # noqa: B008
     needs_grad = torch.is_grad_enabled() and (image_embeds.requires_grad or text_embeds.requires_grad)
-    return Problem(image_embeds.device.type, image_embeds.dtype, needs_grad, num_ranks=ranks.size)
+    device = image_embeds.device
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+    return Problem(device.type, image_embeds.dtype, needs_grad, num_ranks=ranks.size, capability=capability)
 
 
 # The loss from log-sum-exps
@@ -255,7 +257,9 @@ def _lse(
     dtype = _similarity.wide(rows.dtype)
     kept_rows = _similarity.kept_rows(len(rows), len(columns), dtype.itemsize, workspace_bytes)
     if not (torch.is_grad_enabled() and (rows.requires_grad or columns.requires_grad or logit_scale.requires_grad)):
-        kept_rows = 0
+        kept_rows = 0  # no backward pass will come
+    if implementation in _similarity_tiles.ARCHITECTURES:
+        kept_rows = 0  # S is never written
     scale = logit_scale.to(rows.device, dtype)
     row_lse, column_lse, _ = _contrastive_lse(rows, columns, scale, *excluded, kept_rows, implementation)
     return ContrastiveLSE(row_lse, column_lse)
@@ -376,6 +380,9 @@ def _contrastive_lse(
     implementation: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     excluded = Excluded(row_ids, column_ids, diagonal)
+    if implementation in _similarity_tiles.ARCHITECTURES:
+        row_lse, column_lse = _similarity_tiles.forward(rows, columns, logit_scale, excluded, implementation)
+        return row_lse, column_lse, rows.new_empty((0, len(columns)), dtype=_similarity.wide(rows.dtype))
     return _similarity.forward(rows, columns, logit_scale, excluded, kept_rows, _similarity.epilogue(implementation))
 
 
@@ -414,15 +421,11 @@ def _contrastive_lse_backward(
     kept: Tensor,
     implementation: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    excluded, row, column = Excluded(row_ids, column_ids, diagonal), (row_lse, row_weight), (column_lse, column_weight)
+    if implementation in _similarity_tiles.ARCHITECTURES:
+        return _similarity_tiles.backward(rows, columns, logit_scale, excluded, row, column, implementation)
     return _similarity.backward(
-        rows,
-        columns,
-        logit_scale,
-        Excluded(row_ids, column_ids, diagonal),
-        (row_lse, row_weight),
-        (column_lse, column_weight),
-        kept,
-        _similarity.epilogue(implementation),
+        rows, columns, logit_scale, excluded, row, column, kept, _similarity.epilogue(implementation)
     )
 
 

@@ -25,6 +25,7 @@ __all__ = [
     "backward",
     "blocks",
     "forward",
+    "in_range",
     "require",
     "require_finite",
     "similarities",
@@ -97,6 +98,11 @@ def blocks(num_rows: int, num_columns: int, like: Tensor) -> Iterator[slice]:
     """Ranges of rows whose part of S takes no more than the chunk."""
     limit = CHUNK_BYTES if like.device.type == "cpu" else CHUNK_BYTES_DEVICE
     height = max(1, limit // (num_columns * wide(like.dtype).itemsize))
+    yield from blocks_of(num_rows, height)
+
+
+def blocks_of(num_rows: int, height: int) -> Iterator[slice]:
+    """Ranges of `height` rows, or a little less where that makes it a multiple of 64."""
     height = height if height < 64 else height // 64 * 64
     for start in range(0, num_rows, height):
         yield slice(start, min(start + height, num_rows))
@@ -227,7 +233,9 @@ def epilogue(implementation: str) -> Epilogue:
     Raises:
         ImportError: its extension is not built; names the build command.
     """
-    return TorchEpilogue() if implementation == "chunked" else CompiledEpilogue(implementation)
+    if implementation == "chunked":
+        return TorchEpilogue()
+    return CompiledEpilogue("cuda" if implementation == "cuda-blocks" else implementation)
 
 
 def _shifted(block: Tensor, dim: int) -> tuple[Tensor, Tensor]:
@@ -313,7 +321,7 @@ def backward(
     rows, columns = working(rows), working(columns)
     dtype = wide(rows.dtype)
     half = rows.dtype != dtype
-    row, column = _rounded(*row, dtype), _rounded(*column, dtype)
+    row, column, factor = in_range(rounded(*row, dtype), rounded(*column, dtype), rows.dtype)
     d_rows = rows.new_empty(rows.shape, dtype=dtype)
     d_columns = rows.new_zeros(columns.shape, dtype=dtype)
     block = None
@@ -333,11 +341,12 @@ def backward(
         else:
             torch.mm(block, columns, out=d_rows[part])
             d_columns.addmm_(block.t(), rows[part])
-    d_scale = (d_rows * rows).sum(dtype=torch.float64).to(dtype)
-    return d_rows.mul_(logit_scale).to(given), d_columns.mul_(logit_scale).to(given), d_scale
+    d_scale = ((d_rows * rows).sum(dtype=torch.float64) / factor).to(dtype)
+    scale = logit_scale / factor
+    return d_rows.mul_(scale).to(given), d_columns.mul_(scale).to(given), d_scale
 
 
-def _rounded(lse: Tensor, weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def rounded(lse: Tensor, weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Log-sum-exp and weight in the dtype of the similarities; the weight takes up what rounding the first loses.
 
     Where all is excluded the log-sum-exp is -inf, but so is all of S: with 0 in its place exp(-inf) = 0.
@@ -345,6 +354,20 @@ def _rounded(lse: Tensor, weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, T
     lse = lse.masked_fill(lse == float("-inf"), 0.0)
     low = lse.to(dtype)
     return low, (weight * (low - lse).exp_()).to(dtype)
+
+
+def in_range(
+    row: tuple[Tensor, Tensor], column: tuple[Tensor, Tensor], dtype: torch.dtype
+) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor], Tensor | float]:
+    """Weights for a G that is rounded to `dtype`, and the factor by which they are too large.
+
+    Weights are about 1 / 2 N, and softmax over many columns as small again: float16 would lose most of G.
+    """
+    if dtype != torch.float16:
+        return row, column, 1.0
+    largest = torch.maximum(row[1].abs().amax(), column[1].abs().amax())
+    factor = 2**12 / largest.clamp(min=torch.finfo(largest.dtype).tiny * 2**13)
+    return (row[0], row[1] * factor), (column[0], column[1] * factor), factor
 
 
 def kept_rows(num_rows: int, num_columns: int, itemsize: int, workspace_bytes: int) -> int:

@@ -30,6 +30,7 @@ class Problem:
         head_dim: width of an attention head, for attention.
         interpreted: whether Triton's interpreter runs kernels on CPU tensors, which a caller asked for by name.
         num_ranks: processes whose batches make one.
+        capability: of a CUDA device, e.g. (9, 0), where the op asks for it.
     """
 
     device: str
@@ -38,6 +39,7 @@ class Problem:
     head_dim: int | None = None
     interpreted: bool = False
     num_ranks: int = 1
+    capability: tuple[int, int] | None = None
 
 
 class Choice(NamedTuple):
@@ -121,9 +123,30 @@ def _cpu_extension(problem: Problem) -> tuple[bool, str]:
         return False, "the cpu extension runs on a CPU"
     if problem.dtype == torch.float64:
         return False, "the cpu extension computes in float32"
-    if not _is_built("cpu"):
-        return False, f"the cpu extension is not built; to build it: {extensions.build_command('cpu')}"
     return True, "blocks of rows: torch's matmuls, and between them one sweep in C++"
+
+
+def _cuda_tiles(first: int, last: int, what: str) -> Callable[[Problem], tuple[bool, str]]:
+    """Tile kernels for devices of compute capability `first` to `last`."""
+
+    def accepts(problem: Problem) -> tuple[bool, str]:
+        if problem.device != "cuda":
+            return False, "the cuda extension runs on CUDA devices"
+        if problem.dtype not in (torch.bfloat16, torch.float16):
+            return False, "the tile kernels take bfloat16 and float16"
+        if problem.capability is None or not first <= problem.capability[0] <= last:
+            return False, f"needs compute capability {first} to {last}, this device has {problem.capability}"
+        return True, what
+
+    return accepts
+
+
+def _cuda_blocks(problem: Problem) -> tuple[bool, str]:
+    if problem.device != "cuda":
+        return False, "the cuda extension runs on CUDA devices"
+    if problem.dtype == torch.float64:
+        return False, "the block kernels compute in float32"
+    return True, "blocks of rows: torch's matmuls, and between them CUDA kernels"
 
 
 @torch.compiler.assume_constant_result
@@ -131,7 +154,23 @@ def _is_built(name: str) -> bool:
     return extensions.is_built(name)
 
 
-_LOG_SUM_EXP = (_Implementation("cpu", _cpu_extension, extension="cpu"), _CHUNKED, _STORED)
+def _is_missing(candidate: _Implementation) -> bool:
+    return candidate.extension is not None and not _is_built(candidate.extension)
+
+
+def _by_name(problem: Problem) -> bool:
+    """Not automatic: compiled and inspected, but not run on a GPU yet."""
+    return False
+
+
+_LOG_SUM_EXP = (
+    _Implementation("cpu", _cpu_extension, extension="cpu"),
+    _Implementation("cuda-sm90a", _cuda_tiles(9, 9, "tiles by TMA and WGMMA, S never stored"), _by_name, "cuda"),
+    _Implementation("cuda", _cuda_tiles(8, 99, "tiles by mma.sync, S never stored"), _by_name, "cuda"),
+    _Implementation("cuda-blocks", _cuda_blocks, _by_name, "cuda"),
+    _CHUNKED,
+    _STORED,
+)
 
 # In order of preference: "auto" takes the first that accepts the problem and is `automatic` there.
 _IMPLEMENTATIONS: dict[str, tuple[_Implementation, ...]] = {
@@ -196,20 +235,21 @@ def select(op: str, problem: Problem, backend: str = "auto") -> str:
     candidates = _IMPLEMENTATIONS[op]
     if backend == "auto":
         for candidate in candidates:
-            if candidate.automatic(problem) and candidate.accepts(problem)[0]:
+            if candidate.automatic(problem) and candidate.accepts(problem)[0] and not _is_missing(candidate):
                 return candidate.name
         raise NotImplementedError(f"{op}: no implementation takes {problem}")
     for candidate in candidates:
         if candidate.name == backend:
             accepted, reason = candidate.accepts(problem)
-            if accepted:
-                return backend
-            if candidate.extension and not _is_built(candidate.extension):
+            if accepted and _is_missing(candidate):
+                assert candidate.extension
                 raise ImportError(
                     f"{op}: backend {backend!r} must be built first, got no {candidate.extension} extension; "
                     f"to build it: {extensions.build_command(candidate.extension)}"
                 )
-            able = [other.name for other in candidates if other.accepts(problem)[0]]
+            if accepted:
+                return backend
+            able = [other.name for other in candidates if other.accepts(problem)[0] and not _is_missing(other)]
             raise NotImplementedError(f"{op}: backend {backend!r} cannot run here ({reason}); these can: {able}")
     raise ValueError(f"{op}: backend must be 'auto' or one of {list(implementations(op))}, got {backend!r}")
 

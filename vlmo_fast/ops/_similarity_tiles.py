@@ -1,0 +1,110 @@
+"""Row and column log-sum-exp of S, and their gradients, from tiles that tensor cores compute and nothing stores.
+
+The forward pass never writes S: kernels leave a maximum and a sum for each row and column of a 128 x 128 tile, which
+are joined in a fixed order. The backward pass writes G in half precision, a block of rows at a time, for two matmuls.
+
+Compiled and inspected for sm_80 and sm_90a; not run on a GPU yet.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from vlmo_fast import extensions
+from vlmo_fast.ops._similarity import Excluded, blocks_of, in_range, matmul, precise, rounded, wide
+
+__all__ = ["ARCHITECTURES", "backward", "forward"]
+
+ARCHITECTURES = {"cuda": 80, "cuda-sm90a": 90}  # by implementation: mma.sync, or TMA and WGMMA
+WORKSPACE_BYTES = 2**28
+
+_OF_BLOCK = "Tensor? row_ids, Tensor? column_ids, int? diagonal"
+torch.library.define(
+    "vlmo_fast::similarity_tile_sums_",
+    f"(Tensor rows, Tensor columns, Tensor logit_scale, {_OF_BLOCK}, Tensor(a!) row_lse, Tensor(b!) column_top, "
+    "Tensor(c!) column_total, int arch) -> ()",
+)
+torch.library.define(
+    "vlmo_fast::similarity_tile_gradient_",
+    f"(Tensor rows, Tensor columns, Tensor logit_scale, Tensor(a!) out, {_OF_BLOCK}, Tensor row_lse, "
+    "Tensor row_weight, Tensor column_lse, Tensor column_weight, int arch) -> ()",
+)
+
+
+def forward(
+    rows: Tensor, columns: Tensor, logit_scale: Tensor, excluded: Excluded, implementation: str
+) -> tuple[Tensor, Tensor]:
+    """As `_similarity.forward`, for bfloat16 and float16 on CUDA; nothing is kept.
+
+    Args:
+        rows: (N, D).
+        columns: (M, D).
+        logit_scale: 0-d float32.
+        excluded: elements that do not count.
+        implementation: a key of `ARCHITECTURES`.
+    """
+    extensions.load("cuda")
+    row_lse = rows.new_empty(len(rows), dtype=precise(rows))
+    top = rows.new_full((len(columns),), float("-inf"), dtype=torch.float32)
+    total = rows.new_zeros(len(columns), dtype=precise(rows))
+    left, right = _operand(rows), _operand(columns)
+    # A maximum and a sum, float32, for each row and each column of each tile: R M / 8 bytes.
+    for part in blocks_of(len(rows), max(128, 8 * WORKSPACE_BYTES // len(columns))):
+        torch.ops.vlmo_fast.similarity_tile_sums_(
+            left[part],
+            right,
+            logit_scale,
+            *excluded.of_block(part.start, part.stop - part.start),
+            row_lse[part],
+            top,
+            total,
+            ARCHITECTURES[implementation],
+        )
+    return row_lse, total.log_().add_(top)
+
+
+def backward(
+    rows: Tensor,
+    columns: Tensor,
+    logit_scale: Tensor,
+    excluded: Excluded,
+    row: tuple[Tensor, Tensor],
+    column: tuple[Tensor, Tensor],
+    implementation: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `_similarity.backward`, for bfloat16 and float16 on CUDA; arguments as in `forward`."""
+    extensions.load("cuda")
+    dtype = wide(rows.dtype)
+    row, column, factor = in_range(rounded(*row, dtype), rounded(*column, dtype), rows.dtype)
+    left, right = _operand(rows), _operand(columns)
+    d_rows = torch.empty_like(rows, dtype=dtype, memory_format=torch.contiguous_format)
+    d_columns = torch.zeros_like(columns, dtype=dtype, memory_format=torch.contiguous_format)
+    block = None
+    for part in blocks_of(len(rows), max(128, WORKSPACE_BYTES // (2 * len(columns)))):
+        if block is None:
+            block = rows.new_empty(part.stop - part.start, len(columns))  # the largest block is the first
+        block = block[: part.stop - part.start]
+        torch.ops.vlmo_fast.similarity_tile_gradient_(
+            left[part],
+            right,
+            logit_scale,
+            block,
+            *excluded.of_block(part.start, len(block)),
+            row[0][part],
+            row[1][part],
+            *column,
+            ARCHITECTURES[implementation],
+        )
+        d_rows[part] = matmul(block, columns)
+        d_columns += matmul(block.t(), rows[part])
+    d_scale = ((d_rows * rows).sum(dtype=torch.float64) / factor).to(dtype)
+    scale = logit_scale / factor
+    return d_rows.mul_(scale).to(rows.dtype), d_columns.mul_(scale).to(columns.dtype), d_scale
+
+
+def _operand(tensor: Tensor) -> Tensor:
+    """Contiguous, aligned to 16 bytes, and as wide as a multiple of 8: what TMA and cp.async read."""
+    tensor = F.pad(tensor, (0, -tensor.shape[1] % 8)).contiguous()
+    return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
