@@ -73,6 +73,30 @@ def test_a_peer_that_computes_something_else_fails(bench):
     assert "tanh computes something else" in bench.results.data["groups"][0]["failure"]
 
 
+def test_half_precision_may_err_twice_as_much_as_eager_but_never_be_garbage(bench):
+    """A difference of nearly equal numbers: eager itself is far off in bfloat16."""
+
+    def half(seed):
+        return {"x": torch.randn(64, 16, generator=torch.Generator().manual_seed(seed)).bfloat16()}
+
+    def cancelling(x):
+        return {"y": (x + 32) - 32}
+
+    def run(function, eager):
+        group = bench.group(
+            "toy", "cancel", half, oracle=cancelling, eager=eager, work=Work(1, "x"), dtype=torch.bfloat16
+        )
+        group.ours("ours", function)
+        return group.run()
+
+    with pytest.raises(AssertionError, match="something else"):
+        run(cancelling, None)
+    assert 0.02 < run(cancelling, cancelling)["contenders"][0]["error"] < 0.2
+    for garbage in (torch.zeros_like, torch.empty_like, lambda x: -x):
+        with pytest.raises(AssertionError, match="something else"):
+            run(lambda x, garbage=garbage: {"y": garbage(x)}, cancelling)
+
+
 def test_one_bad_row_fails(bench):
     """It hides in the norm of many."""
 
