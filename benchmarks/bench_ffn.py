@@ -11,12 +11,13 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks.harness import Bench, Work
 from vlmo_fast import MoMEConfig, ops
 from vlmo_fast.ops import reference
+from vlmo_fast.serving import Captured
 
 EPS = 1e-6
 PAIR = (13, 197)  # text and image tokens of one pair
@@ -105,6 +106,14 @@ def bench_ffn(bench: Bench, size: str, tokens: int, mode: str) -> None:
         group.peer("torch.compile, max-autotune", tuned, make=True, slow_start=True)
     if on_gpu:
         group.peer("eager, autocast", lambda **inputs: _autocast(eager, **inputs))
+    if on_gpu and tokens == sum(PAIR) and not backward:
+        group.ours("ours, captured", lambda: _captured(ours), make=True)
+        reduced = lambda: torch.compile(eager, mode="reduce-overhead")
+        group.peer("torch.compile, reduce-overhead", reduced, make=True, slow_start=True)
+        if size == "base":
+            group.promise("ours, captured", "eager", at_least=4.0, key="gpu-one-pair")
+            against = "torch.compile, reduce-overhead"
+            group.promise("ours, captured", against, at_least=1.5, key="gpu-one-pair-compile")
     refusals = (NotImplementedError, RuntimeError)
     group.peer(
         "grouped_mm, weights stacked",
@@ -128,6 +137,35 @@ def bench_ffn(bench: Bench, size: str, tokens: int, mode: str) -> None:
             group.promise("ours", "eager, autocast", at_least=1.4 if base else 1.3, key=f"gpu-ffn-autocast-{size}")
             group.promise("ours", "torch.compile", at_least=1.15 if base else 1.1, key=f"gpu-ffn-compile-{size}")
     group.run()
+
+
+class _Layer(nn.Module):
+    """One layer's experts as a module."""
+
+    def __init__(
+        self, function: Callable[..., Tensor], experts: Sequence[ops.ExpertWeights], scale: Tensor | None
+    ) -> None:
+        super().__init__()
+        self.function, self.scale = function, scale
+        self.experts = [ops.ExpertWeights(*(nn.Parameter(weight) for weight in expert)) for expert in experts]
+        self.parameters_of_all = nn.ParameterList(weight for expert in self.experts for weight in expert)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x=x, experts=self.experts, scale=self.scale)
+
+
+def _captured(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A CUDA graph for each buffer's weights, captured at the first call."""
+    graphs: dict[int, Captured] = {}
+
+    def run(x: Tensor, experts: Sequence[ops.ExpertWeights], scale: Tensor | None) -> Tensor:
+        key = experts[0].fc1_weight.data_ptr()
+        if key not in graphs:
+            graphs[key] = Captured(_Layer(function, experts, scale).eval())
+        result: Tensor = graphs[key](x=x)
+        return result
+
+    return run
 
 
 def _autocast(function: Callable[..., Tensor], x: Tensor, **inputs: Any) -> Tensor:

@@ -7,6 +7,7 @@ each kind of input. Captions have the lengths of real ones: about 12 tokens.
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from benchmarks.harness import Bench, Group, Work
 from benchmarks.peers.released import Negatives, Released, pad_texts
 from vlmo_fast import MoMEConfig, MoMETransformer
+from vlmo_fast.serving import Captured
 
 
 def caption_lengths(count: int, seed: int) -> Tensor:
@@ -53,8 +55,10 @@ def batch_inputs(bench: Bench, config: MoMEConfig, kind: str, batch: int) -> Cal
     def inputs(seed: int) -> dict[str, Any]:
         made: dict[str, Any] = {}
         if kind != "image":
-            ids, mask = pad_texts(captions(batch, seed), config.max_text_length)
+            texts = captions(batch, seed)
+            ids, mask = pad_texts(texts, config.max_text_length)
             made |= {"input_ids": ids.to(bench.device), "attention_mask": mask.to(bench.device)}
+            made["longest"] = max(map(len, texts))  # known on the host, as it is to whoever made the batch
         if kind != "text":
             generator = torch.Generator().manual_seed(seed)
             pixels = torch.randn(batch, 3, config.image_size, config.image_size, generator=generator)
@@ -66,10 +70,9 @@ def batch_inputs(bench: Bench, config: MoMEConfig, kind: str, batch: int) -> Cal
 
 def trimmed(inputs: dict[str, Any]) -> dict[str, Any]:
     """Without the columns of padding that no text of the batch needs."""
-    if "input_ids" not in inputs:
-        return inputs
-    longest = int(inputs["attention_mask"].sum(dim=1).max())
-    return inputs | {name: inputs[name][:, :longest] for name in ("input_ids", "attention_mask")}
+    longest = inputs.get("longest")
+    texts = ("input_ids", "attention_mask", "input_ids_masked", "mlm_labels")
+    return {name: value[:, :longest] if name in texts else value for name, value in inputs.items() if name != "longest"}
 
 
 def real_rows(hidden: Tensor, attention_mask: Tensor | None = None) -> Tensor:
@@ -107,16 +110,15 @@ def bench_inference(bench: Bench, case: str, output: str) -> None:
     config = model.config
 
     def ours(**inputs: Any) -> Tensor:
-        mask = inputs.get("attention_mask")
         inputs = trimmed(inputs)
         result = model(**inputs, cls_only=output == "embedding")
         if output == "all tokens":
-            return real_rows(result.last_hidden_state, None if mask is None else inputs["attention_mask"])
+            return real_rows(result.last_hidden_state, inputs.get("attention_mask"))
         embedding = {"image": result.image_embeds, "text": result.text_embeds, "pair": result.pooler_output}[kind]
         assert embedding is not None
         return embedding
 
-    def theirs(passes: Released, **inputs: Any) -> Tensor:
+    def theirs(passes: Released, longest: int = 0, **inputs: Any) -> Tensor:
         features = getattr(passes, kind)(**inputs)
         return features.embedding if output == "embedding" else real_rows(features.hidden, inputs.get("attention_mask"))
 
@@ -163,11 +165,7 @@ def other_models(group: Group, kind: str, bench: Bench) -> None:
 
         clip = CLIPTextModelWithProjection(CLIPTextConfig()).to(bench.device, bench.dtype).eval()
 
-        def run(input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-            embedding: Tensor = clip(input_ids, attention_mask=attention_mask).text_embeds
-            return embedding
-
-        return lambda **inputs: run(**trimmed(inputs))
+        return lambda **inputs: clip(**trimmed(inputs)).text_embeds
 
     def vilt() -> Callable[..., Any]:
         from transformers import ViltConfig, ViltModel
@@ -215,12 +213,10 @@ def bench_pretraining_step(bench: Bench) -> None:
         }
 
     def our_loss(**inputs: Any) -> Tensor:
-        longest = int(inputs["attention_mask"].sum(dim=1).max())
-        texts = ("input_ids", "attention_mask", "input_ids_masked", "mlm_labels")
-        loss: Tensor = model(**inputs | {name: inputs[name][:, :longest] for name in texts}).loss
+        loss: Tensor = model(**trimmed(inputs)).loss
         return loss
 
-    def their_loss(network: nn.Module, **inputs: Any) -> Tensor:
+    def their_loss(network: nn.Module, longest: int, **inputs: Any) -> Tensor:
         negatives = Negatives(inputs.pop("negative_image_ids"), inputs.pop("negative_text_ids"))
         return Released(network).losses(**inputs, negatives=negatives).total
 
@@ -243,13 +239,16 @@ def bench_pretraining_step(bench: Bench) -> None:
 
 
 def step(model: nn.Module, loss_of: Callable[[], Tensor]) -> dict[str, Tensor]:
-    """The loss, and of all gradients those of vectors and of the bias table: enough to know that they are right."""
+    """The loss, and of the gradients those of vectors and of the bias table, all layers' together."""
     with torch.enable_grad():
         loss = loss_of()
         parameters = dict(model.named_parameters())
         gradients = torch.autograd.grad(loss, list(parameters.values()))
-    kept = {f"d {n}": g for n, g in zip(parameters, gradients, strict=True) if g.ndim < 2 or n.endswith("table")}
-    return {"loss": loss.detach(), **kept}
+    kept: dict[str, list[Tensor]] = {}
+    for name, gradient in zip(parameters, gradients, strict=True):
+        if gradient.ndim == 1 or name.endswith("table"):
+            kept.setdefault(re.sub(r"\.\d+\.", ".", name), []).append(gradient.flatten())
+    return {"loss": loss.detach(), **{f"d {name}": torch.cat(parts) for name, parts in kept.items()}}
 
 
 @pytest.mark.profile(gpu=5)
@@ -258,23 +257,32 @@ def bench_one(bench: Bench, kind: str) -> None:
     """The latency of one image, one caption, one pair."""
     model, released, exact = networks("base", bench.device, bench.dtype)
 
-    def embedding(network: MoMETransformer, **inputs: Any) -> Tensor:
+    def embedding(network: Any, **inputs: Any) -> Tensor:
         result = network(**trimmed(inputs), cls_only=True)
         output = {"image": result.image_embeds, "text": result.text_embeds, "pair": result.pooler_output}[kind]
         assert output is not None
         return output
+
+    def theirs(passes: Released, longest: int = 0, **inputs: Any) -> Tensor:
+        features = getattr(passes, kind)(**inputs)
+        return features.embedding
 
     lengths = caption_lengths(1, 0) * (kind != "image") + 197 * (kind != "text")
     group = bench.group(
         "model",
         f"one {kind}, embedding",
         batch_inputs(bench, model.config, kind, 1),
-        oracle=lambda **inputs: getattr(exact, kind)(**inputs).embedding,
+        oracle=lambda **inputs: theirs(exact, **inputs),
         work=Work(1, f"{kind}s", flop=forward_flop(model.config, lengths)),
         axes={"size": "base", "batch": 1},
     )
     group.ours("ours", lambda **inputs: embedding(model, **inputs))
-    group.peer("released", lambda **inputs: getattr(released, kind)(**inputs).embedding)
+    if bench.device.type == "cuda":
+        captured = Captured(model)
+        group.ours("ours, captured", lambda **inputs: embedding(captured, **inputs))
+        compiled = lambda: torch.compile(lambda **inputs: theirs(released, **inputs), mode="reduce-overhead")
+        group.peer("released, torch.compile, reduce-overhead", compiled, make=True, slow_start=True)
+    group.peer("released", lambda **inputs: theirs(released, **inputs))
     group.run()
 
 

@@ -27,17 +27,20 @@ def bench_search(bench: Bench, count: int) -> None:
     count = count if bench.device.type == "cpu" else 16 * count
     model, released, exact = networks("base", bench.device, bench.dtype)
 
-    def dual(network: MoMETransformer, input_ids: Tensor, attention_mask: Tensor, pixel_values: Tensor) -> Tensor:
-        texts = network(**trimmed({"input_ids": input_ids, "attention_mask": attention_mask}), cls_only=True)
-        images = network(pixel_values=pixel_values, cls_only=True)
+    def dual(network: MoMETransformer, **inputs: Any) -> Tensor:
+        inputs = trimmed(inputs)
+        images = network(pixel_values=inputs.pop("pixel_values"), cls_only=True)
+        texts = network(**inputs, cls_only=True)
         assert texts.text_embeds is not None and images.image_embeds is not None
         return images.image_embeds @ texts.text_embeds.t()  # (N, M)
 
-    def dual_of(passes: Released, input_ids: Tensor, attention_mask: Tensor, pixel_values: Tensor) -> Tensor:
-        return passes.image(pixel_values).embedding @ passes.text(input_ids, attention_mask).embedding.t()
+    def dual_of(passes: Released, **inputs: Any) -> Tensor:
+        texts = passes.text(inputs["input_ids"], inputs["attention_mask"])
+        return passes.image(inputs["pixel_values"]).embedding @ texts.embedding.t()
 
-    def fusion(network: Any, **inputs: Tensor) -> Tensor:
+    def fusion(network: Any, **inputs: Any) -> Tensor:
         """First component of each pair's pooled output, (N, M): a head would be one more row of it."""
+        inputs = inputs if isinstance(network, Released) else trimmed(inputs)
         ids, mask, pixels = inputs["input_ids"], inputs["attention_mask"], inputs["pixel_values"]
         rows = torch.arange(count * count, device=pixels.device)
         scores = []
@@ -46,8 +49,7 @@ def bench_search(bench: Bench, count: int) -> None:
             if isinstance(network, Released):
                 pooled = network.pair(ids[text], mask[text], pixels[image]).embedding
             else:
-                texts = trimmed({"input_ids": ids[text], "attention_mask": mask[text]})
-                pooled = network(**texts, pixel_values=pixels[image], cls_only=True).pooler_output
+                pooled = network(ids[text], mask[text], pixels[image], cls_only=True).pooler_output
             scores.append(pooled[:, 0])
         return torch.cat(scores).view(count, count)
 

@@ -519,7 +519,7 @@ class Group:
     def _caps(self, contender: _Contender, name: str) -> tuple[float, float]:
         """Bounds of the relative error of a result, and of its worst row."""
         caps = CAPS[self.dtype]
-        if self.eager is None or self.dtype not in (torch.bfloat16, torch.float16):
+        if self.eager is None:
             return caps
         side = self._side(contender)
         if not side.eager_errors:
@@ -612,8 +612,8 @@ class Bench:
             min_rounds: rounds even where they take longer; None for the profile's.
             once: for what takes minutes: each contender runs a single time, checked and measured in that one call.
             memory: whether this process's memory says anything about the contenders.
-            eager: for long computations in half precision, the oracle's computation in the inputs' own dtype: twice its
-                error is then allowed where that exceeds the cap of the dtype, but never an error of 0.9 (zeros make 1).
+            eager: for long computations, the oracle's in the inputs' own dtype: twice its error is then allowed where
+                that exceeds the cap of the dtype, but never an error of 0.9 (zeros make 1).
         """
         changes = {key: value for key, value in (("seconds", seconds), ("min_rounds", min_rounds)) if value is not None}
         settings = Settings(**(vars(self.settings) | changes)) if self.settings.profile != "quick" else self.settings

@@ -3,11 +3,13 @@
 import pytest
 import torch
 
-from benchmarks import bench_attention, bench_contrastive, bench_ffn, bench_model, harness
+import vlmo_fast
+from benchmarks import bench_attention, bench_contrastive, bench_ffn, bench_model, bench_search, harness
 from benchmarks.harness import Bench, Results, Settings
 from vlmo_fast import ops
 from vlmo_fast.ops import reference
 
+SMALL = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "num_vl_layers": 1, "image_size": 32}
 SETTINGS = Settings("cpu", seconds=0.0, min_rounds=2, sample_seconds=0.0)
 
 
@@ -88,17 +90,30 @@ def test_contenders_of_the_contrastive_loss_agree(bench, monkeypatch):
 @pytest.mark.parametrize("case", ["captions", "pairs"])
 def test_contenders_of_the_whole_model_agree(bench, monkeypatch, case):
     """A small model in place of base; the peers from transformers are left out."""
-    small = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "num_vl_layers": 1, "image_size": 32}
     monkeypatch.setitem(bench_model.CASES, case, (*bench_model.CASES[case][:1], 3, 1.0))
     monkeypatch.setattr(bench_model, "other_models", lambda *arguments: None)
-    from vlmo_fast import MoMEConfig
-
-    monkeypatch.setattr(MoMEConfig, "from_preset", classmethod(lambda cls, name: cls(**small)))
+    monkeypatch.setattr(vlmo_fast.MoMEConfig, "from_preset", classmethod(lambda cls, name: cls(**SMALL)))
     bench_model.networks.cache_clear()
     try:
         for output in ("embedding", "all tokens"):
             bench.results.data["groups"].clear()
             bench_model.bench_inference(bench, case, output)
             assert set(errors(bench)) == {"ours", "released"}
+        bench.results.data["groups"].clear()
+        bench_model.bench_one(bench, "pair")
+        bench.results.data["groups"].clear()
+        bench_search.bench_search(bench, 2)
+        assert len(errors(bench)) == 4
     finally:
         bench_model.networks.cache_clear()
+
+
+def test_both_sides_of_a_pretraining_step_agree_with_gradients(bench, monkeypatch):
+    small = vlmo_fast.VLMoConfig(**SMALL, vocab_size=30522)
+    monkeypatch.setattr(vlmo_fast, "VLMoConfig", lambda: small)
+    bench_model.bench_pretraining_step(bench)
+    (record,) = bench.results.data["groups"]
+    for contender in record["contenders"]:
+        assert {"loss", "d backbone.blocks.experts.vl.fc1.bias", "d backbone.relative_position_bias.table"} <= set(
+            contender["errors"]
+        )
