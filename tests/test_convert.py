@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_checkpoints import CLASSES, assert_same, small
+from test_checkpoints import CLASSES, SMALL, assert_same, small
 from test_pretrained import assert_image_path, beit, bert, released
 from transformers import AutoProcessor, BeitForImageClassification
 
@@ -75,6 +75,19 @@ def test_task_and_sizes(tmp_path, capsys):
     again = run(capsys, out, tmp_path / "nlvr2.pt", "--task", "nlvr2", "--image-size", "12")
     assert again["source"] == "vqa"
     assert (again["task"], again["image_size"]) == ("nlvr2", 12)
+
+
+def test_names_of_labels(tmp_path, capsys):
+    """Kept with their number, dropped with another one."""
+    names = {0: "cat", 1: "dog", 2: "boar"}
+    config = vlmo_fast.VLMoConfig(**SMALL, num_labels=3, id2label=names, label2id={v: k for k, v in names.items()})
+    vlmo_fast.VLMoForImageClassification(config).save_pretrained(tmp_path / "in")
+    capsys.readouterr()
+    run(capsys, tmp_path / "in", tmp_path / "same", "--image-size", 24)
+    assert vlmo_fast.VLMoForImageClassification.from_pretrained(tmp_path / "same").config.id2label == names
+    report = run(capsys, tmp_path / "in", tmp_path / "other", "--num-labels", 5)
+    assert report["fresh"] == ["classifier.weight", "classifier.bias"]
+    assert len(vlmo_fast.VLMoForImageClassification.from_pretrained(tmp_path / "other").config.id2label) == 5
 
 
 def test_retrieval_files_hold_no_matching_head(tmp_path, capsys):

@@ -284,6 +284,8 @@ def _retarget(
     wanted = {**own.to_dict(), **_settings_of_task(who, task, kind, own, settings), **settings}
     if image_size is not None:
         wanted["image_size"] = image_size
+    if wanted.get("num_labels", own.num_labels) != own.num_labels:  # their names are those of other labels
+        wanted = {name: value for name, value in wanted.items() if name not in ("id2label", "label2id")}
     return fit(who, kind, state, origin, own, task, type(own)(**wanted))
 
 
