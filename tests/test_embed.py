@@ -144,6 +144,8 @@ def test_another_run_is_not_resumed(collection, capsys, monkeypatch):
     arguments = (collection / "model", collection / "out.npy", "--texts", collection / "texts.txt")
     assert "the disk is full" in refuse(capsys, *arguments)
     monkeypatch.undo()
+    for change in (("--dtype", "bfloat16"), ("--part-size", 2), ("--vocab", collection / "vocab.txt")):
+        assert "--restart forgets them" in refuse(capsys, *arguments, *change)
     (collection / "texts.txt").write_text("boar\n")
     assert "--restart forgets them" in refuse(capsys, *arguments)
     report = run(capsys, collection, "out.npy", "--texts", collection / "texts.txt", "--restart")

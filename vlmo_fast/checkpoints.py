@@ -52,7 +52,7 @@ _READ_OFF = (  # settings that the tensors fix
 
 
 class Kind(NamedTuple):
-    """A task: its model class, and the heads that it holds."""
+    """A task that checkpoints are released for: its model class, and the heads that it holds."""
 
     model_class: str
     heads: tuple[str, ...]
@@ -65,12 +65,10 @@ KINDS = {
     "nlvr2": Kind("VLMoForImagesAndTextClassification", ("pooler", "nlvr2")),
     "text": Kind("VLMoForMaskedLM", ("pooler", "mlm")),
 }  # those that checkpoints are released for
-TASKS = {
-    **KINDS,
-    "retrieval": Kind("VLMoForImageTextRetrieval", ("logit_scale", "pooler", "itc", "itm")),
-    "mim": Kind("VLMoForMaskedImageModeling", ()),
-    "classification": Kind("VLMoForImageClassification", ()),
-}
+TASKS = {task: kind.model_class for task, kind in KINDS.items()} | {
+    "mim": "VLMoForMaskedImageModeling",
+    "classification": "VLMoForImageClassification",
+}  # model classes that a checkpoint can be fitted to
 
 # (released, ours) prefixes or names of each head; a name without suffix stands for .weight and .bias.
 _HEADS: dict[str, tuple[tuple[str, str], ...]] = {
@@ -250,7 +248,7 @@ def open_saved(
     path = Path(folder)
     if not (path / "config.json").is_file():
         raise FileNotFoundError(f"open_saved: folder must hold config.json, got {path}")
-    classes = {kind.model_class: name for name, kind in TASKS.items()}
+    classes = {model_class: task for task, model_class in TASKS.items()}
     try:
         (architecture,) = json.loads((path / "config.json").read_text(encoding="utf-8"))["architectures"]
         kind = classes[architecture]
@@ -339,14 +337,13 @@ def fit(
     Raises:
         ValueError: a tensor does not fit into the model.
     """
-    heads = KINDS[source].heads if source in KINDS else ()
-    left = [ours for head in heads if head not in TASKS[task].heads for _, ours in _HEADS[head]]
+    left = []  # heads of other forms under the same names
     if task != source:
-        left += [name for name in state if name.startswith(("classifier.", "mim_head."))]
+        left = [name for name in state if name.startswith(("classifier.", "mim_head."))]
     elif config.num_labels != own.num_labels:
-        left += [name for name in state if name.startswith(("classifier.fc2.", "classifier.weight", "classifier.bias"))]
+        left = [name for name in state if name.startswith(("classifier.fc2.", "classifier.weight", "classifier.bias"))]
     for name in left:
-        state.pop(name, None)
+        del state[name]
     resized = _resize(who, state, own, config)
     shapes = {name: x.shape for name, x in _on_meta(task, config).state_dict().items()}
     taken = {name: x for name, x in state.items() if name in shapes}
@@ -414,7 +411,7 @@ def _on_meta(task: str, config: VLMoConfig) -> VLMoPreTrainedModel:
     from vlmo_fast.hf import modeling
 
     with torch.device("meta"):
-        model: VLMoPreTrainedModel = getattr(modeling, TASKS[task].model_class)(config)
+        model: VLMoPreTrainedModel = getattr(modeling, TASKS[task])(config)
     return model
 
 
