@@ -42,7 +42,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 __all__ = ["backward", "forward"]
 
 MAX_GROUPS = 3  # of one launch; a block has language, vision and vl
-_GROUPS = ("start0", "size0", "start1", "size1", "start2", "size2")
+# What changes from batch to batch: a kernel is not built anew for a number that 16 divides, or for 1.
+_COUNTS = ("start0", "size0", "start1", "size1", "start2", "size2", "rows", "num_row_tiles")
 SWIZZLE = 8  # row tiles that neighbouring programs share the columns of, for the L2 cache
 
 
@@ -199,7 +200,7 @@ def _product(
     return _product_of(a, b, row, column, rows, columns, K, B_IS_ROWS, USE_TMA, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K)
 
 
-@triton.jit(do_not_specialize=_GROUPS)
+@triton.jit(do_not_specialize=_COUNTS)
 def _mome_ffn_norm_kernel(
     x, statistics, normed, weight0, weight1, weight2, bias0, bias1, bias2,
     start0, size0, start1, size1, start2, size2, rows, D, x_stride, eps,
@@ -244,7 +245,7 @@ def _mome_ffn_norm_kernel(
     tl.store(normed + row64[:, None] * D + column_index[None, :], result.to(normed.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=_GROUPS)
+@triton.jit(do_not_specialize=_COUNTS)
 def _mome_ffn_fwd_fc1_kernel(
     a, b0, b1, b2, bias0, bias1, bias2, z, h,
     start0, size0, start1, size1, start2, size2, rows, F, D,
@@ -277,7 +278,7 @@ def _mome_ffn_fwd_fc1_kernel(
             tl.store(h + at, (value * _cdf(value)).to(h.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=_GROUPS)
+@triton.jit(do_not_specialize=_COUNTS)
 def _mome_ffn_fwd_fc2_kernel(
     a, b0, b1, b2, bias0, bias1, bias2, x, layer_scale, row_scale, out,
     start0, size0, start1, size1, start2, size2, rows, D, F, x_stride,
@@ -314,7 +315,7 @@ def _mome_ffn_fwd_fc2_kernel(
             tl.store(out + row64 * D + column_index[None, :], (residual + branch).to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=_GROUPS)
+@triton.jit(do_not_specialize=_COUNTS)
 def _mome_ffn_bwd_dgrad2_kernel(
     a, b0, b1, b2, shift0, shift1, shift2, slope0, slope1, slope2, z, row_scale, dz, h, row_sums, column_sums,
     start0, size0, start1, size1, start2, size2, rows, F, D,
@@ -373,7 +374,7 @@ def _mome_ffn_bwd_dgrad2_kernel(
         tl.store(sums_at + num_n.to(tl.int64) * rows, sum2, mask=in_rows)
 
 
-@triton.jit(do_not_specialize=_GROUPS)
+@triton.jit(do_not_specialize=_COUNTS)
 def _mome_ffn_bwd_dgrad1_kernel(
     a, b0, b1, b2, gamma0, gamma1, gamma2, x, grad, row_scale, statistics, row_sums, dx, column_sums,
     start0, size0, start1, size1, start2, size2, rows, D, F, x_stride, num_sums, num_row_tiles,

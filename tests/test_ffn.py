@@ -113,6 +113,7 @@ SHAPES = {
     "a width that no tile divides": {"sizes": (5, 9), "width": 34, "hidden": 136},  # base_plus / 16
     "a row more and less than a tile": {"sizes": (15, 17, 16)},
     "a column more and less than a tile": {"sizes": (3, 2), "width": 33, "hidden": 63},
+    "a group of many rows beside one of few": {"sizes": (48, 49)},
     "more experts than a launch takes": {"sizes": (3, 1, 0, 2, 5), "hidden": 24},
 }
 
@@ -179,7 +180,7 @@ def test_activations_as_trained_transformers_have_them(kind, precision, backend)
 @pytest.mark.parametrize("layout", ["every second row", "columns of a wider tensor", "transposed"])
 def test_strided_rows(layout, backend):
     problem = Problem((5, 9), dtype=torch.float32, device=device_of(backend))
-    wide = torch.full((28, 48), 1e4)
+    wide = torch.full((28, 48), 1e4, device=problem.x.device)
     x = {
         "every second row": wide[::2, :24],
         "columns of a wider tensor": wide[:14, 8:32],
@@ -195,7 +196,7 @@ def test_strided_rows(layout, backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_an_upstream_gradient_without_strides(backend):
     problem = Problem((5, 9), dtype=torch.float32, device=device_of(backend))
-    problem.seed = torch.ones(()).expand(14, 24)
+    problem.seed = torch.ones((), device=problem.x.device).expand(14, 24)
     assert problem.seed.stride() == (0, 0)
     compare(problem, backend=backend)
     problem.x.requires_grad_()
@@ -321,7 +322,7 @@ def test_many_compositions_compile_twice(backend):
     compositions = [[5, 9], [4, 7], *torch.randint(2, 9, (48, 2), generator=generator).tolist()]
     compositions = compositions if backend == "torch" else compositions[:4]  # the interpreter is slow
     for sizes in compositions:
-        x = torch.randn(sum(sizes), 24, requires_grad=True)
+        x = torch.randn(sum(sizes), 24, device=problem.x.device, requires_grad=True)
         leaves = [x, *problem.experts[0], *problem.experts[1], problem.layer_scale]
         results = []
         for run in (step, lambda *args: 2 * ops.mome_ffn(*args, backend=backend)):
@@ -413,6 +414,28 @@ def test_the_saved_activations_are_less_than_half_of_eager():
 
     ours, eager = saved_bytes("torch"), saved_bytes("eager")
     assert 140 * 384 * 4 <= ours <= 0.45 * eager
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("nan_filled_empty")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("width", [768, 544, 1024])
+@pytest.mark.parametrize("sizes", [(13, 197), (0, 2049), (1000, 3000, 97)], ids=str)
+def test_real_sizes_on_a_gpu(sizes, width, dtype):
+    """One pair, an empty expert beside a row more than tiles, three experts."""
+    compare(Problem(sizes, width=width, hidden=4 * width, dtype=dtype, device="cuda"), backend="triton")
+
+
+@pytest.mark.gpu
+def test_a_graph_replays_forward_and_backward():
+    problem = Problem((13, 197), width=768, hidden=3072, dtype=torch.bfloat16, device="cuda")
+    expected = problem.run_with_gradients(backend="triton")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = problem.run_with_gradients(backend="triton")
+    graph.replay()
+    for name, tensor in found.items():
+        torch.testing.assert_close(tensor, expected[name], rtol=0, atol=0, msg=name)
 
 
 @pytest.mark.parametrize(

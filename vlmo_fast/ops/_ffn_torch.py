@@ -15,6 +15,8 @@ from torch.nn import functional as F
 
 __all__ = ["backward", "forward"]
 
+FEW_ROWS = 48
+
 
 def forward(
     x: Tensor,
@@ -83,7 +85,7 @@ def backward(
     """Gradients of `forward`.
 
     With g = row_scale * grad and Q = g^T h, fc2's weight gets layer_scale * Q, and the layer scale, without the value
-    of the branch, rowsum(Q * W2) + b2 * sum(g).
+    of the branch, rowsum(Q * W2) + b2 * sum(g). For few rows the branch is cheaper than the passes over Q.
 
     Args:
         grad: (N, D), of the result.
@@ -112,9 +114,14 @@ def backward(
         d_branch = g if layer_scale is None else g * layer_scale.to(g.dtype)
         if layer_scale is not None or trained[index]:
             activation = h[index] if h else F.gelu(z[index])  # (n, F)
-            q = _linear(g.to(dtype).t(), activation.t())  # (D, F)
-            total = g.sum(0, dtype=accumulator)  # (D,)
-            if layer_scale is not None:
+            if layer_scale is None:
+                q, total = _linear(g.to(dtype).t(), activation.t()), g.sum(0, dtype=accumulator)  # (D, F), (D,)
+            elif len(g) <= FEW_ROWS:
+                branch = _linear(activation, expert.fc2_weight, expert.fc2_bias)
+                d_layer_scale += (g * branch).sum(0, dtype=accumulator)
+                q, total = _linear(d_branch.to(dtype).t(), activation.t()), d_branch.sum(0, dtype=accumulator)
+            else:
+                q, total = _linear(g.to(dtype).t(), activation.t()), g.sum(0, dtype=accumulator)
                 d_layer_scale += torch.linalg.vecdot(q, expert.fc2_weight) + expert.fc2_bias * total
                 if trained[index]:
                     q *= layer_scale.to(dtype)[:, None]
