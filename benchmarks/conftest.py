@@ -71,10 +71,10 @@ def profiles(item: pytest.Item) -> dict[str, int]:
 
 @pytest.fixture(scope="session")
 def extensions_built() -> None:
-    """The libraries of `csrc/`, as far as this machine can build them."""
+    """The libraries of `csrc/` that this machine can build and use."""
     from vlmo_fast import build
 
-    build.main(["--optional"])
+    build.main(["--optional", "cpu", *(["cuda"] if torch.cuda.is_available() else [])])
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ while (($#)); do
         --limit) limit=$2 && shift ;;
         --wheels) wheels=$2 && shift ;;
         --only) only=$2 && shift ;;
-        --dry-run) dry=1 ;;
+        --dry-run) dry=yes ;;
         -h | --help) sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p}' "$0" && exit ;;
         *) echo "$0: unknown option $1; see --help" >&2 && exit 2 ;;
     esac
@@ -73,7 +73,7 @@ install() {
 }
 
 build() { # what is there already, built from the same sources, is taken
-    "$python" -m vlmo_fast build "$@" cpu && "$python" -m vlmo_fast build "$@" cuda
+    "$python" -m vlmo_fast build "$@"
 }
 
 sanitize() { # one tool; a machine that does not let it attach is told apart from a finding
@@ -84,7 +84,9 @@ export PYTHONPATH=$site
 table+=("$(date -u +%FT%TZ) $(git rev-parse --short HEAD 2>/dev/null)")
 machine 2>&1 | tee "$out/machine.txt"
 step install 60 bash -c "$(declare -f install); python='$python' site='$site' wheels='$wheels' install"
-step build 200 bash -c "$(declare -f build); python='$python' build ${dry:+--optional}"
+targets='cpu cuda'
+[[ -z $dry ]] || targets='cpu --optional'
+step build 200 bash -c "$(declare -f build); python='$python' build $targets"
 if [[ -n $dry ]]; then
     step tests 120 "$python" -m pytest tests -m gpu -q -p no:cacheprovider --timeout 60 -o addopts= --collect-only
     step sanitizer 60 "$python" tools/gpu_smoke.py --small
