@@ -73,7 +73,7 @@ def mome_ffn(
     Raises:
         ValueError: sizes do not add up, shapes do not fit, devices differ, or the backend is unknown.
         TypeError: a dtype is not a float, the linear layers' dtypes differ, or theirs is wider than that of x.
-        NotImplementedError: the backend cannot run here; names those that can.
+        NotImplementedError: the backend cannot run here (names those that can), or has no second derivative.
     """
     experts = [ExpertWeights(*expert) for expert in experts]
     dtype = _validate(x, group_sizes, experts, layer_scale, row_scale)
@@ -297,6 +297,10 @@ def _autograd(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
     return (d_x, None, *d_columns, None if layer_scale is None else d_layer_scale, None, None, None, None, None)
 
 
+def _no_second_derivative(ctx: Any, *_: Any) -> NoReturn:
+    raise NotImplementedError("mome_ffn: backend must be 'eager' for derivatives of derivatives, got another")
+
+
 def _autocast_rule(device: str) -> Callable[..., Any]:
     """The linear layers in autocast's dtype; norm, statistics and residual stream stay as they are."""
 
@@ -340,6 +344,7 @@ for _device in ("cpu", "cuda"):
 torch.library.register_fake("vlmo_fast::mome_ffn", _fake, lib=_library)
 torch.library.register_fake("vlmo_fast::mome_ffn_backward", _fake_backward, lib=_library)
 torch.library.register_autograd("vlmo_fast::mome_ffn", _autograd, setup_context=_setup_context, lib=_library)
+torch.library.register_autograd("vlmo_fast::mome_ffn_backward", _no_second_derivative, lib=_library)
 
 
 @register_flop_formula(torch.ops.vlmo_fast.mome_ffn)
