@@ -72,6 +72,21 @@ def cut_cross_entropy() -> Callable[..., Tensor]:
     return run
 
 
+def liger() -> Callable[..., Tensor]:
+    """Its fused loss of a product, once for each direction."""
+    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+    loss = LigerFusedLinearCrossEntropyLoss()
+
+    def run(image_embeds: Tensor, text_embeds: Tensor, logit_scale: Tensor) -> Tensor:
+        scale = logit_scale.to(image_embeds.dtype)
+        target = torch.arange(len(image_embeds), device=image_embeds.device)
+        per_image = loss(text_embeds, scale * image_embeds, target)
+        return (per_image + loss(image_embeds, scale * text_embeds, target)) / 2
+
+    return run
+
+
 def named(backend: str) -> Callable[..., Tensor]:
     return lambda **inputs: ops.contrastive_loss(**inputs, backend=backend)
 
@@ -147,6 +162,7 @@ def bench_contrastive(bench: Bench, pairs: int, mode: str) -> None:
     if on_gpu:
         group.peer("Inf-CL", inf_cl, make=True, requires=("inf_cl",))
         group.peer("cut-cross-entropy, exact", cut_cross_entropy, make=True, requires=("cut_cross_entropy",))
+        group.peer("Liger", liger, make=True, requires=("liger_kernel",))
     if fits:
         group.yardstick("bare matmuls", lambda **inputs: bare_matmuls(backward, **inputs))
     if backward and not on_gpu and pairs == 8192:
