@@ -324,6 +324,7 @@ def backward(
     row, column, factor = in_range(rounded(*row, dtype), rounded(*column, dtype), rows.dtype)
     d_rows = rows.new_empty(rows.shape, dtype=dtype)
     d_columns = rows.new_zeros(columns.shape, dtype=dtype)
+    d_scale = rows.new_zeros((), dtype=precise(rows))
     block = None
     for part in blocks(len(rows), len(columns), rows):
         if part.stop <= len(kept):
@@ -341,7 +342,8 @@ def backward(
         else:
             torch.mm(block, columns, out=d_rows[part])
             d_columns.addmm_(block.t(), rows[part])
-    d_scale = ((d_rows * rows).sum(dtype=torch.float64) / factor).to(dtype)
+        d_scale += (d_rows[part] * rows[part]).sum(dtype=precise(rows))
+    d_scale = (d_scale / factor).to(dtype)
     scale = logit_scale / factor
     return d_rows.mul_(scale).to(given), d_columns.mul_(scale).to(given), d_scale
 

@@ -81,6 +81,7 @@ def backward(
     left, right = _operand(rows), _operand(columns)
     d_rows = torch.empty_like(rows, dtype=dtype, memory_format=torch.contiguous_format)
     d_columns = torch.zeros_like(columns, dtype=dtype, memory_format=torch.contiguous_format)
+    d_scale = rows.new_zeros((), dtype=precise(rows))
     block = None
     for part in blocks_of(len(rows), max(128, WORKSPACE_BYTES // (2 * len(columns)))):
         if block is None:
@@ -99,7 +100,8 @@ def backward(
         )
         d_rows[part] = matmul(block, columns)
         d_columns += matmul(block.t(), rows[part])
-    d_scale = ((d_rows * rows).sum(dtype=torch.float64) / factor).to(dtype)
+        d_scale += (d_rows[part] * rows[part]).sum(dtype=precise(rows))
+    d_scale = (d_scale / factor).to(dtype)
     scale = logit_scale / factor
     return d_rows.mul_(scale).to(rows.dtype), d_columns.mul_(scale).to(columns.dtype), d_scale
 
