@@ -447,7 +447,7 @@ class Tiles(NamedTuple):
 
 
 def tiles_for(kernel: str, capability: int, element_size: int, rows: int, columns: int) -> Tiles:
-    """The tiles of a kernel ("fc1", "fc2", "dgrad2", "dgrad1") for a GPU (80, 90, 100; 0: the interpreter) and a size.
+    """The tiles of a kernel ("fc1", "fc2", "dgrad2", "dgrad1") for a GPU (80, 89, ...; 0: the interpreter) and a size.
 
     Chosen on paper, by registers that do not spill and bytes from the L2 cache; not measured yet. Few rows take smaller
     tiles, or most multiprocessors would have none. BLOCK_M depends on the rows alone.
@@ -456,14 +456,17 @@ def tiles_for(kernel: str, capability: int, element_size: int, rows: int, column
     if capability == 0:
         return Tiles(16, 32, 16, 2, 4, 1, 3)
     block_k = 128 // element_size
+    roomy = capability in (80, 90, 100, 103)  # at least 163 KiB of shared memory a block; elsewhere 99
     if rows <= 512:
         if kernel == "fc2":  # few columns, a long sum: many small tiles, two steps of the sum at a time
-            return Tiles(64, 32, 2 * block_k, 1, 4, 4, 2)
+            return Tiles(64, 32, 2 * block_k, 1, 4, 4 if roomy else 3, 2)
         return Tiles(64, 64, block_k, 1, 4, 4, 2)
     if capability < 90:
         if kernel == "dgrad2":
             return Tiles(128, 128, block_k // 2, 4, 8, 4, 1)
         return Tiles(128, 128, block_k, 4 if backward else 2, 8, 3, 1)
+    if not roomy:
+        return Tiles(128, 128, block_k // 2, 4, 8, 3, 1)
     if backward or columns % 256 or element_size > 2:
         return Tiles(128, 128, block_k, 4, 8, 3, 1)
     return Tiles(128, 256, block_k, 4, 8, 3, 1)

@@ -484,6 +484,18 @@ def test_refusals(change, error, message):
             problem.run(backend=backend)
 
 
+def test_the_door():
+    def choice(device: str, dtype: torch.dtype, capability: tuple[int, int] | None = None) -> str:
+        return ops.select("mome_ffn", ops.Problem(device, dtype, capability=capability))
+
+    assert choice("cpu", torch.float32) == choice("cpu", torch.bfloat16) == "torch"
+    assert choice("cuda", torch.bfloat16, (9, 0)) == choice("cuda", torch.float16, (8, 0)) == "triton"
+    assert choice("cuda", torch.float32, (9, 0)) == choice("cuda", torch.float64, (9, 0)) == "torch"
+    assert choice("cuda", torch.float16, (7, 5)) == "torch"
+    with pytest.raises(NotImplementedError, match=r"backend 'triton' cannot run here \(needs a CUDA device\)"):
+        ops.select("mome_ffn", ops.Problem("cpu", torch.float32), "triton")
+
+
 def test_unknown_backends_are_refused():
     with pytest.raises(ValueError, match=r"mome_ffn: backend must be 'auto' or one of .*, got 'cublas'"):
         Problem((5, 9)).run(backend="cublas")

@@ -109,3 +109,12 @@ def test_other_builds(capability: int, case: str) -> None:
             assert "tcgen05.mma" in build.ptx
         else:
             check(build)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rows", [210, 32768])
+@pytest.mark.parametrize("capability", [89, 120])
+def test_gpus_with_less_shared_memory(capability: int, rows: int) -> None:
+    """Ada and the workstation Blackwells: 99 KiB a block."""
+    for build in compile_ahead(*(job(name, capability, rows) for name in KERNELS), capability=capability):
+        check(build)

@@ -20,9 +20,15 @@ from pathlib import Path
 from typing import Any
 
 # Shared memory that one block may have, bytes: CUDA C++ Programming Guide, "Compute Capabilities".
-SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
-TENSOR_CORE_SASS = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}  # half-precision (and TF32) products of each generation
-TENSOR_CORE_PTX = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
+SHARED_LIMIT = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
+TENSOR_CORE_SASS = {
+    80: "HMMA",
+    89: "HMMA",
+    90: "HGMMA",
+    100: "UTCHMMA",
+    120: "HMMA",
+}  # half-precision (and TF32) products of each generation
+TENSOR_CORE_PTX = {80: "mma.sync", 89: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma", 120: "mma.sync"}
 
 
 @dataclass(frozen=True)
@@ -53,7 +59,7 @@ class Build:
     """What the compiler made of a job.
 
     Attributes:
-        capability: 80, 90 or 100.
+        capability: 80, 89, 90, 100 or 120.
         registers: of a thread.
         stack: bytes of a thread.
         local: bytes of local memory of a thread.

@@ -81,7 +81,8 @@ def mome_ffn(
     leaves = [x, layer_scale, *(weight for column in columns for weight in column)]
     needs_grad = torch.is_grad_enabled() and any(leaf is not None and leaf.requires_grad for leaf in leaves)
     interpreted = backend == "triton" and triton_interprets()
-    problem = Problem(x.device.type, dtype, needs_grad, interpreted=interpreted)
+    capability = _capability(x.device.index) if x.device.type == "cuda" else None
+    problem = Problem(x.device.type, dtype, needs_grad, interpreted=interpreted, capability=capability)
     implementation = select("mome_ffn", problem, backend)
     if implementation == "eager":
         return reference.mome_ffn(x, group_sizes, experts, layer_scale, row_scale, eps)
@@ -140,6 +141,11 @@ def _validate(
     if torch.promote_types(x.dtype, dtype) != x.dtype:
         fail("experts[0].fc1_weight", f"not be wider than x, which is {x.dtype}", dtype, TypeError)
     return dtype
+
+
+@torch.compiler.assume_constant_result
+def _capability(device_index: int) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device_index)
 
 
 def _autocasts(x: Tensor) -> bool:

@@ -95,6 +95,8 @@ def _triton_attention(problem: Problem) -> tuple[bool, str]:
 
 
 def _triton_ffn(problem: Problem) -> tuple[bool, str]:
+    if problem.capability is not None and problem.capability < (8, 0):
+        return False, "needs compute capability 8.0"
     accepted, reason = _runs_triton(problem)
     return accepted, "grouped products with bias, GELU, scales and residual in their epilogues" if accepted else reason
 
