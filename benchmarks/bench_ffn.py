@@ -81,7 +81,7 @@ def bench_ffn(bench: Bench, size: str, tokens: int, mode: str) -> None:
     number = 2 if on_gpu else 4
     group = bench.group(
         "ffn",
-        size,
+        "experts",
         inputs,
         oracle=eager,
         work=Work(

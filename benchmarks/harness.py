@@ -699,20 +699,35 @@ def to_json(data: dict[str, Any]) -> str:
 
 def _judged(promise: dict[str, Any], summaries: list[dict[str, Any]]) -> dict[str, Any]:
     """A promise with `measured`, the ratio or the figure, and `met`, whether it holds; None where unknown."""
-    figures = {summary["name"]: _figure(summary, promise["of"]) for summary in summaries}
-    figure, other = figures.get(promise["contender"]), figures.get(promise["against"])
+    by_name = {summary["name"]: summary for summary in summaries}
+    ours, other = (by_name.get(promise[side]) for side in ("contender", "against"))
     measured = None
     if promise["against"] is None:
-        measured = figure
-    elif figure and other:
-        measured = figure / other if promise["at_least"] is None else other / figure
+        measured = _figure(ours, promise["of"])
+    elif promise["of"] == "time":
+        measured = _times_faster(ours, other)
+    else:
+        figure, others = _figure(ours, promise["of"]), _figure(other, promise["of"])
+        if figure is not None and others is not None:
+            measured = max(others, 1) / max(figure, 1)  # bytes; no workspace at all is no division by zero
+    if measured and promise["against"] and promise["at_least"] is None:
+        measured = 1 / measured
     met = None
     if measured is not None:
         met = measured <= promise["at_most"] if promise["at_least"] is None else measured >= promise["at_least"]
     return promise | {"measured": measured, "met": met}
 
 
-def _figure(summary: dict[str, Any], of: str) -> float | None:
+def _times_faster(ours: dict[str, Any] | None, other: dict[str, Any] | None) -> float | None:
+    """Median over the rounds of the other's time over ours in the round, as everywhere in the report."""
+    if not ours or not other or not ours.get("samples") or not other.get("samples"):
+        return None
+    return statistics.median(b / a for a, b in zip(ours["samples"], other["samples"], strict=True))
+
+
+def _figure(summary: dict[str, Any] | None, of: str) -> float | None:
+    if summary is None:
+        return None
     if of in ("time", "matmul"):
         return summary.get("median" if of == "time" else "of_matmul_ceiling")
     if summary["peak_bytes"] is None:

@@ -607,7 +607,7 @@ th,td{padding:3px 10px 3px 0;text-align:left;vertical-align:top;border-bottom:1p
 td.n,th.n{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}tr.ours{background:#e6f4f6}
 tr.yardstick{color:#687076}.met{color:#0b7285;font-weight:600}.not{color:#d9480f;font-weight:600}.none{color:#687076}
 .plots{display:flex;flex-wrap:wrap;gap:12px}.plots svg{max-width:100%;height:auto}svg{max-width:100%;height:auto}
-.wide{overflow-x:auto}code{font-size:13px;background:#f3f5f7;padding:1px 4px}
+td.none,td.met,td.not{white-space:nowrap}.wide{overflow-x:auto}code{font-size:13px;background:#f3f5f7;padding:1px 4px}
 """
 
 

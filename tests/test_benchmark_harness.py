@@ -195,15 +195,24 @@ def test_what_cannot_run_here_is_skipped_with_the_reason(bench):
 
 def test_promises_are_judged_and_none_fails(bench):
     summaries = [
-        {"name": "ours", "median": 2.0, "peak_bytes": 100, "result_bytes": 90, "of_matmul_ceiling": 0.8},
-        {"name": "peer", "median": 3.0, "peak_bytes": 170, "result_bytes": 90},
-        {"name": "unknown", "median": 1.0, "peak_bytes": None, "result_bytes": 0},
+        {
+            "name": "ours",
+            "median": 2.0,
+            "samples": [2.0, 4.0, 2.0],
+            "peak_bytes": 100,
+            "result_bytes": 90,
+            "of_matmul_ceiling": 0.8,
+        },
+        {"name": "peer", "median": 3.0, "samples": [3.0, 6.0, 3.0], "peak_bytes": 170, "result_bytes": 90},
+        {"name": "nothing", "peak_bytes": 90, "result_bytes": 95},
+        {"name": "unknown", "median": 1.0, "samples": [1.0] * 3, "peak_bytes": None, "result_bytes": 0},
     ]
     group = group_of(bench)
     group.promise("ours", "peer", at_least=1.5)
     group.promise("ours", "peer", at_most=0.5)
     group.promise("ours", "peer", of="workspace", at_most=1 / 8)
     group.promise("ours", of="memory", at_most=100)
+    group.promise("nothing", "peer", of="workspace", at_most=1 / 8)
     group.promise("ours", of="matmul", at_least=0.75)
     group.promise("ours", "absent", at_least=1.0)
     group.promise("ours", "unknown", of="memory", at_most=1.0)
@@ -213,6 +222,7 @@ def test_promises_are_judged_and_none_fails(bench):
         (2 / 3, False),
         (0.125, True),
         (100, True),
+        (1 / 80, True),
         (0.8, True),
         (None, None),
         (None, None),
