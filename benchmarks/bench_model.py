@@ -189,7 +189,7 @@ def bench_pretraining_step(bench: Bench) -> None:
     pytest.importorskip("transformers")
     from vlmo_fast import VLMoConfig, VLMoForPreTraining
 
-    batch = 4 if bench.device.type == "cpu" else 64
+    batch = 4 if bench.device.type == "cpu" else 16  # what the float64 oracle can hold
     torch.manual_seed(0)
     config = VLMoConfig()
     model = VLMoForPreTraining(config).eval()  # dropout and drop path off: the same function on both sides

@@ -92,10 +92,10 @@ if [[ -n $dry ]]; then
     step sanitizer 60 "$python" tools/gpu_smoke.py --small
     profile=(--quick --seconds 0 -k import)
 else
-    step tests 180 "$python" -m pytest tests -m gpu -q -p no:cacheprovider --timeout 60 -o addopts=
+    step tests 140 "$python" -m pytest tests -m gpu -q -p no:cacheprovider --timeout 60 -o addopts=
     if command -v compute-sanitizer >/dev/null; then
         for tool in memcheck racecheck initcheck; do
-            step "sanitizer-$tool" 60 bash -c "$(declare -f sanitize); python='$python' sanitize $tool"
+            step "sanitizer-$tool" 40 bash -c "$(declare -f sanitize); python='$python' sanitize $tool"
         done
     else
         table+=("$(printf '%-22s %5s    compute-sanitizer is not on PATH' sanitizer -)")
