@@ -334,7 +334,8 @@ def test_weights_on_the_disk(head, everything, tmp_path):
     wanted = fields(model(**inputs))
     for _ in range(2):
         actual = fields(split(**inputs))
-        assert all(torch.equal(actual[name], wanted[name]) for name in wanted)
+        for name in wanted:
+            torch.testing.assert_close(actual[name], wanted[name])  # weights without gradient may take another kernel
         assert all(p.is_meta for p in split.backbone.blocks.parameters())
     assert not split.backbone.modality_type_embeddings.weight.is_meta
 

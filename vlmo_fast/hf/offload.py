@@ -13,7 +13,11 @@ from torch import nn
 __all__ = ["load_parts_whole"]
 
 WHOLE = ("MoMEBlock", "TextEmbeddings", "ImageEmbeddings")  # classes whose weights are loaded all at once
-RESIDENT = ("modality_type_embeddings", "relative_position_bias")  # small parts that the backbone reads uncalled
+RESIDENT = (
+    "modality_type_embeddings",
+    "relative_position_bias",
+    "norm",
+)  # small parts that the backbone reads uncalled
 
 
 def load_parts_whole(model: nn.Module) -> None:
