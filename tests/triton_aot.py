@@ -43,6 +43,7 @@ class Job:
         unaligned: pointers that are not.
         num_warps: warps of a block.
         num_stages: depth of the software pipeline.
+        max_registers: of a thread; None leaves it to ptxas, which may spill to fit more blocks.
     """
 
     kernel: str
@@ -52,6 +53,7 @@ class Job:
     unaligned: tuple[str, ...] = ()
     num_warps: int = 4
     num_stages: int = 3
+    max_registers: int | None = None
 
 
 @dataclass(frozen=True)
@@ -141,7 +143,7 @@ def _main(request: Path, answer: Path) -> None:
             constexprs=constexprs,
             attrs={(index,): [["tt.divisibility", 16]] for index in aligned},
         )
-        options = {"num_warps": job["num_warps"], "num_stages": job["num_stages"]}
+        options = {"num_warps": job["num_warps"], "num_stages": job["num_stages"], "maxnreg": job["max_registers"]}
         compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
         builds.append(_examine(compiled, capability))
     answer.write_text(json.dumps(builds))
