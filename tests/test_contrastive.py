@@ -386,6 +386,21 @@ def test_workspace_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
 _forward = _similarity.forward
 
 
+@each_implementation
+def test_operations_are_counted(backend: str) -> None:
+    """2 N M D forward; 6 N M D backward, and a third less where all similarities were kept."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    image, text = (unit(64, 8).float().requires_grad_() for _ in range(2))
+    for workspace, backward in ((0, 6), (4 * 64 * 64, 4), (4 * 64 * 32, 5)):
+        with FlopCounterMode(display=False) as counter:
+            loss = ops.contrastive_loss(image, text, torch.tensor(9.0), workspace_bytes=workspace, backend=backend)
+            forward = counter.get_total_flops()
+            loss.backward()
+        assert forward == 2 * 64 * 64 * 8
+        assert counter.get_total_flops() - forward == backward * 64 * 64 * 8
+
+
 # Refusals
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.flop_counter import register_flop_formula
 
 from vlmo_fast.distributed import Ranks, gather, log_sum_exp, scale_gradient
 from vlmo_fast.ops import _similarity, _similarity_tiles, reference
@@ -477,6 +478,18 @@ def _differentiate(
 
 
 _contrastive_lse.register_autograd(_differentiate, setup_context=_setup_context)
+
+
+@register_flop_formula(torch.ops.vlmo_fast.contrastive_lse)
+def _lse_flop(rows: list[int], columns: list[int], *_: object, out_shape: object = None, **__: object) -> int:
+    return 2 * rows[0] * columns[0] * rows[1]
+
+
+@register_flop_formula(torch.ops.vlmo_fast.contrastive_lse_backward)
+def _lse_backward_flop(rows: list[int], columns: list[int], *rest: Any, out_shape: object = None, **_: object) -> int:
+    """Two products, and S again where it was not kept."""
+    (kept_rows, _columns), *_implementation = rest[8:]
+    return 2 * (2 * rows[0] + rows[0] - kept_rows) * columns[0] * rows[1]
 
 
 # vlmo_fast::contrastive_positives: the terms of all pairs of equal ids, a block of pairs at a time
