@@ -12,7 +12,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 import vlmo_fast
 from vlmo_fast import VLMoConfig
-from vlmo_fast.ops import _attention
+from vlmo_fast.ops import _attention, _packed_attention
 
 SIZES = {
     "hidden_size": 24,
@@ -369,9 +369,10 @@ def test_attn_implementation_reaches_the_door(head, tmp_path, monkeypatch):
     model.save_pretrained(tmp_path)
     seen = []
     select = _attention.select
-    monkeypatch.setattr(
-        _attention, "select", lambda op, problem, backend: seen.append(backend) or select(op, problem, backend)
-    )
+    for module in (_attention, _packed_attention):
+        monkeypatch.setattr(
+            module, "select", lambda op, problem, backend: seen.append(backend) or select(op, problem, backend)
+        )
 
     def asked_for(model) -> set[str]:
         seen.clear()
@@ -556,7 +557,9 @@ def test_contrastive_and_masked_language_losses_by_hand():
         branches.append((F.cross_entropy(scores, each) + F.cross_entropy(scores.t(), each)) / 2)
     torch.testing.assert_close(out.itc_loss, sum(branches) / 2)
     fused = model.backbone(inputs["input_ids_masked"], inputs["attention_mask"], inputs["pixel_values"])
-    torch.testing.assert_close(out.mlm_logits, model.mlm_head(fused.last_hidden_state[:, :6]))
+    predicted = inputs["mlm_labels"] != -100
+    torch.testing.assert_close(out.mlm_logits, model.mlm_head(fused.last_hidden_state[:, :6][predicted]))
+    torch.testing.assert_close(out.mlm_loss, F.cross_entropy(out.mlm_logits, inputs["mlm_labels"][predicted]))
 
 
 def test_pretraining_without_vl_layers():

@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-import vlmo_fast.model
 from vlmo_fast import MoMEConfig, MoMEOutput, MoMETransformer
-from vlmo_fast.model import drop_path
+from vlmo_fast.model import MoMEBlock
+from vlmo_fast.packing import PaddedRows
 
 SIZES = {
     "hidden_size": 24,
@@ -168,13 +168,10 @@ def test_all_layers_vl():
     model = build(num_vl_layers=4)
     out = run(model, "image_vl", output_hidden_states=True)
     assert len(out.vl_hidden_states) == 4
-    again = model.blocks[0](
-        out.hidden_states[0],
-        (vlmo_fast.model.TokenGroup("vl", 10),),
-        model.relative_position_bias(0, *model.relative_position_bias.prepare(0, 3)),
-        None,
-    )
-    torch.testing.assert_close(again, out.vl_hidden_states[0])
+    rows = PaddedRows(len(PIXELS), 0, 10)
+    x, bias = out.hidden_states[0].flatten(0, 1), model.relative_position_bias(0, (3,))[0]
+    again = model.blocks[0](x, rows, rows.fusion_groups, bias)
+    torch.testing.assert_close(rows.padded(again), out.vl_hidden_states[0])
 
 
 @pytest.mark.parametrize("path", ["image", "text"])
@@ -410,8 +407,9 @@ def test_block_by_hand(kind, cls_only):
         h = 0.5 * h * (1 + torch.erf(h / 2**0.5))
         rows.append(part + scales[1] * (h @ expert.fc2.weight.t() + expert.fc2.bias))
     wanted = torch.cat(rows, dim=1)
-    groups = tuple(vlmo_fast.model.TokenGroup(*group) for group in groups)
-    close(block(x, groups, bias, mask, cls_only), wanted[:, :1] if cls_only else wanted)
+    rows = PaddedRows(2, 6, 10, mask, cls_only)
+    matrix = torch.cat([x[:, :6].flatten(0, 1), x[:, 6:].flatten(0, 1)])
+    close(rows.padded(block(matrix, rows, rows.modality_groups, bias)), wanted[:, :1] if cls_only else wanted)
 
 
 def test_final_norm_by_hand():
@@ -433,6 +431,11 @@ EXPERT_INPUTS = {  # (layers below 2, layers from 2 on): calls of each expert, (
 }
 
 
+def by_sequence(rows, lengths):
+    parts = rows.split([3 * length for length in lengths])
+    return torch.cat([part.unflatten(0, (3, -1)) for part in parts], dim=1)
+
+
 @positions
 @pytest.mark.parametrize("path", PATHS)
 def test_which_expert_runs_on_which_tokens(kind, path):
@@ -449,7 +452,10 @@ def test_which_expert_runs_on_which_tokens(kind, path):
     for (layer, name), calls in seen.items():
         assert len(calls) == len(wanted[layer, name])
         for (x, y), (start, stop) in zip(calls, wanted[layer, name], strict=True):
-            assert x.shape[1] == stop - start
+            # rows of three sequences, texts before images
+            halves = [(start, stop)] if stop <= 6 or path != "pair" or start >= 6 else [(0, 6), (6, 16)]
+            assert len(x) == 3 * (stop - start)
+            x, y = (by_sequence(rows, [b - a for a, b in halves]) for rows in (x, y))
             scale = model.blocks[layer].ffn_layer_scale
             result = x + (y if scale is None else scale * y)
             states = out.vl_hidden_states if name == "vl" and path != "pair" else out.hidden_states[1:]
@@ -573,14 +579,14 @@ def test_cls_only(kind, path, vl_layers):
     ids, mask, pixels = inputs(dtype=torch.float64)
     results, tokens = [], []
     for expert in model.blocks[3].experts.values():
-        expert.register_forward_pre_hook(lambda _, args: tokens.append(args[0].shape[1]))
+        expert.register_forward_pre_hook(lambda _, args: tokens.append(len(args[0])))
     for cls_only in (False, True):
         tokens.clear()
         model.zero_grad(set_to_none=True)
         out = run(model, path, ids, mask, pixels, cls_only=cls_only, output_hidden_states=True)
         sum((x * torch.linspace(-1, 1, x.numel()).view_as(x)).sum() for x in answers(out).values()).backward()
         results.append((out, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}))
-    assert set(tokens) == {1}
+    assert set(tokens) == {len(pixels)}  # a row for each sequence
     assert len(tokens) == (2 if path.endswith("_vl") else 1)
     (full, full_gradients), (short, gradients) = results
     for name, value in answers(full).items():
@@ -782,16 +788,20 @@ def test_autocast(path):
 
 
 def test_drop_path_law():
-    """Per sample, all tokens and channels of a sample together; kept branches are scaled so that the mean stays."""
-    x = torch.rand(20_000, 2, 3, dtype=torch.float64) + 1
-    dropped = drop_path(x, 0.3)
-    ratio = dropped / x
-    kept = ratio[:, 0, 0] > 0
-    assert torch.equal(ratio > 0, kept[:, None, None].expand_as(ratio))
-    torch.testing.assert_close(ratio[kept], torch.full_like(ratio[kept], 1 / 0.7), rtol=1e-12, atol=0)
-    # 20,000 draws at 0.7: standard deviation 0.0032; five of them
-    assert kept.double().mean().item() == pytest.approx(0.7, abs=0.017)
-    assert drop_path(x, 0.0) is x
+    """All rows of a sequence together; kept branches are scaled so that the mean stays."""
+    block = build(drop_path_rate=0.3).blocks[3].train()
+    x, rows = torch.zeros(20_000 * 5, 24, dtype=torch.float64), PaddedRows(20_000, 2, 3)
+    for num_draws in (1, 2):
+        text, image = block._row_scale(x, rows, num_draws).split([40_000, 60_000])
+        text, image = text.view(-1, 2), image.view(-1, 3)
+        for part in (text, image):
+            assert torch.equal(part, part[:, :1].expand_as(part))
+            kept = part[:, 0] > 0
+            torch.testing.assert_close(part[kept], torch.full_like(part[kept], 1 / 0.7), rtol=1e-12, atol=0)
+            # 20,000 draws at 0.7: standard deviation 0.0032; five of them
+            assert kept.double().mean().item() == pytest.approx(0.7, abs=0.017)
+        assert torch.equal(text[:, 0], image[:, 0]) == (num_draws == 1)
+    assert block.eval()._row_scale(x, rows, 1) is None
 
 
 @pytest.mark.parametrize(("layers", "rates"), [(4, [0, 0.1, 0.2, 0.3]), (1, [0]), (2, [0, 0.3])])
@@ -801,26 +811,27 @@ def test_drop_path_grows_linearly(layers, rates):
 
 
 def test_drop_path_draws(monkeypatch):
-    """As released: one draw for the attention of the whole sequence, and one for each group's expert."""
-    calls = []
+    """One draw a sequence for each branch, but two where a pair's text and image have experts of their own."""
+    calls, original = [], MoMEBlock._row_scale
 
-    def spy(x, rate):
-        calls.append((tuple(x.shape), round(rate, 6)))
-        return drop_path(x, rate)
+    def spy(block, x, rows, num_draws):
+        scale = original(block, x, rows, num_draws)
+        calls.append((block.drop_path_rate, num_draws, None if scale is None else tuple(scale.shape)))
+        return scale
 
-    monkeypatch.setattr(vlmo_fast.model, "drop_path", spy)
+    monkeypatch.setattr(MoMEBlock, "_row_scale", spy)
     model = build(drop_path_rate=0.3).train()
     run(model, "pair")
-    sequence, text, image = (3, 16, 24), (3, 6, 24), (3, 10, 24)
-    assert calls == [
-        *((sequence, 0.0), (text, 0.0), (image, 0.0)),
-        *((sequence, 0.1), (text, 0.1), (image, 0.1)),
-        *((sequence, 0.2), (sequence, 0.2)),
-        *((sequence, 0.3), (sequence, 0.3)),
+    rows = (3 * 16,)
+    assert [(pytest.approx(rate), draws, shape) for rate, draws, shape in calls] == [
+        *((0.0, 1, None), (0.0, 2, None)),
+        *((0.1, 1, rows), (0.1, 2, rows)),
+        *((0.2, 1, rows), (0.2, 1, rows)),
+        *((0.3, 1, rows), (0.3, 1, rows)),
     ]
     calls.clear()
     run(model.eval(), "pair")
-    assert {rate for _, rate in calls} == {0.0}
+    assert {shape for *_, shape in calls} == {None}
 
 
 def test_halves_draw_separately():
@@ -1065,8 +1076,9 @@ def test_meta_device():
     pixels = torch.zeros(2, 3, 224, 224, device="meta")
     assert model(ids, torch.ones_like(ids), pixels).last_hidden_state.shape == (2, 202, 1024)
     assert model(pixel_values=pixels, use_vl_branch=True).vl_image_embeds.shape == (2, 1024)
+    config = shared().config  # before the context, in which the shared model would be made on meta
     with torch.device("meta"):
-        small = MoMETransformer(shared().config).eval()
+        small = MoMETransformer(config).eval()
     small.load_state_dict(shared().state_dict(), assign=True)
     assert torch.equal(visible(run(small, "pair")), visible(run(shared(), "pair")))
 

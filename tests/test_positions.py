@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.interpolate import RectBivariateSpline
 
+import vlmo_fast.positions
 from vlmo_fast.positions import (
     RelativePositionBias,
     geometric_distances,
@@ -108,8 +109,8 @@ def test_the_whole_table_is_used():
 
 def all_layers(module: RelativePositionBias, num_text: int, window: int | None) -> torch.Tensor:
     """(L, heads, S, S)."""
-    shared = module.prepare(num_text, window)
-    return torch.stack([module(layer, *shared) for layer in range(module.num_layers)])
+    biases = module(num_text, () if window is None else (window,))
+    return torch.stack([biases[layer] for layer in range(module.num_layers)])
 
 
 def test_bias_is_layer_major():
@@ -135,6 +136,36 @@ def test_bias_of_another_window_is_the_resized_tables():
     assert torch.equal(all_layers(module, 4, 5)[0, 1], table[:, 1][index])
     all_layers(module, 4, 5).sum().backward()
     assert module.table.grad.abs().sum() > 0
+
+
+def test_bias_of_two_windows():
+    """Each size of image has its block and its blocks with the text; there is nothing between the two sizes."""
+    module = RelativePositionBias(num_layers=2, num_heads=2, window_size=3, text_span=6)
+    with torch.no_grad():
+        module.table.copy_(torch.randn_like(module.table))
+    joint, small, large = (module(4, windows) for windows in ((3, 5), (3,), (5,)))
+    assert joint.num_rows == 4 + 10 + 26
+    rows = torch.arange(4 + 10), torch.cat([torch.arange(4), torch.arange(14, 40)])
+    for layer in range(2):
+        for alone, mine in zip((small, large), rows, strict=True):
+            assert torch.equal(joint[layer][:, mine[:, None], mine], alone[layer])
+        assert not joint[layer][:, 4:14, 14:].any()
+        assert not joint[layer][:, 14:, 4:14].any()
+    for windows in ((3, 5), (3,), (5,)):  # what the text rows get, they get once
+        module.zero_grad()
+        module(4, windows).all_layers[:, :, :4, :4].sum().backward()
+        assert module.table.grad.sum() == 2 * 2 * 16
+
+
+def test_layers_one_by_one_where_all_are_too_many(monkeypatch):
+    module = RelativePositionBias(num_layers=3, num_heads=2, window_size=3, text_span=6)
+    with torch.no_grad():
+        module.table.copy_(torch.randn_like(module.table))
+    together = module(4, (3, 5))
+    monkeypatch.setattr(vlmo_fast.positions, "ALL_LAYERS_BYTES", 3 * 2 * 40**2 * 4 - 1)
+    apart = module(4, (3, 5))
+    assert together.all_layers is not None and apart.all_layers is None
+    assert all(torch.equal(together[layer], apart[layer]) for layer in range(3))
 
 
 def test_bias_gradient_counts_the_uses():
@@ -259,9 +290,7 @@ def test_gradient_of_the_gather():
     module = RelativePositionBias(num_layers=2, num_heads=1, window_size=3, text_span=4).double()
 
     def bias(table, window):
-        resized = resize_relative_bias_table(table, 3, window)
-        index = relative_position_index(3, window, module.text_span, with_image=True)
-        return torch.stack([module(layer, resized, index) for layer in range(module.num_layers)])
+        return torch.func.functional_call(module, {"table": table}, (3, (window,))).all_layers
 
     table = torch.randn_like(module.table).requires_grad_()
     for window in (3, 4):

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
         VLMoModel,
     )
     from vlmo_fast.hf.processing import VLMoImageProcessor, VLMoProcessor
-    from vlmo_fast.model import MoMEOutput, MoMETransformer
+    from vlmo_fast.model import MoMEOutput, MoMETransformer, PackedOutput
+    from vlmo_fast.packing import PackedLayout, pack
     from vlmo_fast.pretrained import load_beit, load_bert_embeddings
 
     __version__: str
@@ -31,6 +32,9 @@ __all__ = [
     "MoMEConfig",
     "MoMETransformer",
     "MoMEOutput",
+    "PackedLayout",
+    "PackedOutput",
+    "pack",
     "load_official",
     "save_official",
     "load_beit",
@@ -50,7 +54,8 @@ __all__ = [
 
 _NAMES_OF_MODULE = {
     "vlmo_fast.config": ("MoMEConfig",),
-    "vlmo_fast.model": ("MoMETransformer", "MoMEOutput"),
+    "vlmo_fast.model": ("MoMETransformer", "MoMEOutput", "PackedOutput"),
+    "vlmo_fast.packing": ("PackedLayout", "pack"),
     "vlmo_fast.checkpoints": ("load_official", "save_official"),
     "vlmo_fast.pretrained": ("load_beit", "load_bert_embeddings"),
     "vlmo_fast.hf.configuration": ("VLMoConfig",),

@@ -7,12 +7,20 @@
 runs jointly: each token through the expert of its modality in the lower blocks, all through the vision-language expert
 in the top ones). The code reads in call order: output, backbone, embeddings, block, attention, expert.
 
-Shape suffixes: B batch, T text tokens, P image tokens ([CLS] included), S tokens of the sequence, D width, L layers.
+Tokens travel as one matrix of rows, those of texts before those of images, so that each expert owns a contiguous range
+of them (`vlmo_fast.packing`). `forward` takes the usual padded batches; `forward_packed` takes any mixture of texts,
+images and pairs without padding.
+
+Shape suffixes: B batch, T text tokens, P image tokens ([CLS] included), S tokens of the sequence, N rows, D width,
+L layers.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import groupby
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,10 +29,12 @@ from torch.utils.checkpoint import checkpoint
 
 from vlmo_fast import ops
 from vlmo_fast.config import MoMEConfig
-from vlmo_fast.positions import RelativePositionBias, resize_absolute_positions
+from vlmo_fast.packing import Groups, LayerRows, PackedLayout, PaddedRows, pack
+from vlmo_fast.positions import LayerBiases, RelativePositionBias, resize_absolute_positions
 
-__all__ = ["MoMEOutput", "MoMETransformer"]
+__all__ = ["MoMEOutput", "MoMETransformer", "PackedOutput"]
 
+NUM_KEPT_BIASES = 4
 TEXT_TYPE, IMAGE_TYPE = 0, 1  # rows of the modality type table; a second image (NLVR2) takes the row after IMAGE_TYPE
 
 
@@ -55,11 +65,26 @@ class MoMEOutput(NamedTuple):
     vl_hidden_states: tuple[Tensor, ...] | None = None
 
 
-class TokenGroup(NamedTuple):
-    """Adjacent tokens of each sequence that share a modality expert."""
+class PackedOutput(NamedTuple):
+    """What `MoMETransformer.forward_packed` returns.
 
-    expert: str
-    num_tokens: int
+    A field is None where the batch has no sequence of its kind, or the model no head for it.
+
+    Attributes:
+        last_hidden_state: (M, D), the wanted rows after the final norm; `PackedLayout.unpack` gives those of a kind.
+        pooler_output: (pairs, D), tanh(dense([T_CLS])).
+        image_embeds: (images, D), unit-norm contrastive embeddings of the images alone.
+        text_embeds: (texts, D), unit-norm contrastive embeddings of the texts alone.
+        vl_image_embeds: (images, D), unit-norm contrastive embeddings on the vision-language branch.
+        vl_text_embeds: (texts, D), unit-norm contrastive embeddings on the vision-language branch.
+    """
+
+    last_hidden_state: Tensor
+    pooler_output: Tensor | None = None
+    image_embeds: Tensor | None = None
+    text_embeds: Tensor | None = None
+    vl_image_embeds: Tensor | None = None
+    vl_text_embeds: Tensor | None = None
 
 
 class MoMETransformer(nn.Module):
@@ -95,6 +120,7 @@ class MoMETransformer(nn.Module):
             raise TypeError(f"MoMETransformer: config must be a MoMEConfig, got {type(config).__name__}")
         self.config = config
         self.gradient_checkpointing = False
+        self._kept_biases: dict[tuple[object, ...], LayerBiases] = {}
         width = config.hidden_size
 
         def projection(wanted: bool) -> nn.Linear | None:
@@ -117,6 +143,11 @@ class MoMETransformer(nn.Module):
         self.vl_image_projection = projection(add_vl_projections)
         self.vl_text_projection = projection(add_vl_projections)
         self.apply(self.init_weights)
+
+    @property
+    def _chooses_attention(self) -> bool:
+        """Whether nobody asked for an implementation of attention by name."""
+        return all(m.backend == "auto" for m in self.modules() if isinstance(m, Attention))
 
     def set_attention_backend(self, backend: str) -> None:
         """Have every block's attention run on one implementation: "auto", or a name that the attention op knows."""
@@ -192,89 +223,214 @@ class MoMETransformer(nn.Module):
             ValueError: no input, or shapes, lengths or ids break a rule above; ids and masks are only looked at on CPU.
             TypeError: an input has the wrong dtype.
         """
+        if input_ids is None and pixel_values is None:
+            raise ValueError("MoMETransformer: input_ids or pixel_values must be given, got neither")
         self._validate(input_ids, attention_mask, pixel_values, image_type_ids, use_vl_branch, bool_masked_pos)
-        window = None if pixel_values is None else self._window(pixel_values, interpolate_pos_encoding)
-        num_text = 0 if input_ids is None else input_ids.shape[1]
+        window = None if pixel_values is None else self.window_of(pixel_values, interpolate_pos_encoding)
+        if cls_only and not output_hidden_states and attention_mask is not None and self._chooses_attention:
+            lengths = _visible_lengths(attention_mask)
+            if lengths is not None and input_ids is not None:
+                return self._forward_unpadded(
+                    lengths, window, input_ids, pixel_values, image_type_ids, use_vl_branch, bool_masked_pos
+                )
 
         parts = []
         if input_ids is not None:
-            text_type = self.modality_type_embeddings.weight[TEXT_TYPE]
-            parts.append(self.text_embeddings(input_ids) + text_type)  # (B, T, D)
+            parts.append(self._embed_text(input_ids))
         if pixel_values is not None:
             assert window is not None
-            types = IMAGE_TYPE if image_type_ids is None else image_type_ids
-            image_type = self.modality_type_embeddings.weight[types]  # (D,) or (B, D)
-            image_type = image_type if image_type.ndim == 1 else image_type[:, None]
-            parts.append(self.image_embeddings(pixel_values, window, bool_masked_pos) + image_type)  # (B, P, D)
-        x = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]  # (B, S, D)
+            parts.append(self._embed_image(pixel_values, window, image_type_ids, bool_masked_pos))
+        num_text = 0 if input_ids is None else input_ids.shape[1]
+        num_image = 0 if pixel_values is None else parts[-1].shape[1]
+        rows = PaddedRows(len(parts[0]), num_text, num_image, _key_mask(attention_mask, num_image))
+        last_rows = replace(rows, cls_only=cls_only)
+        biases = self._biases(num_text, () if window is None else (window,))
+        x = _join([part.flatten(0, 1) for part in parts])  # (N, D)
 
-        positions = None
-        if self.relative_position_bias is not None:
-            positions = self.relative_position_bias.prepare(num_text, window)
-        key_mask = _key_mask(attention_mask, x.shape[1])
-
-        first_vl_layer = self.config.first_vl_layer
-        vl_group = (TokenGroup("vl", x.shape[1]),)
-        text_group, image_group = TokenGroup("language", num_text), TokenGroup("vision", x.shape[1] - num_text)
-        own_groups = tuple(group for group in (text_group, image_group) if group.num_tokens)
-        states: list[Tensor] = [x]
-        branch_point = x
-        for layer in range(len(self.blocks)):
+        num_layers, first_vl_layer = len(self.blocks), self.config.first_vl_layer
+        is_pair = len(parts) > 1
+        states, vl_states, branch_point = [rows.padded(x)], [], x
+        for layer in range(num_layers):
             if layer == first_vl_layer:
                 branch_point = x
-            fuse = len(parts) > 1 and layer >= first_vl_layer
-            groups = vl_group if fuse else own_groups
-            x = self._run_block(layer, x, groups, positions, key_mask, cls_only)
+            here = last_rows if layer == num_layers - 1 else rows
+            groups = here.fusion_groups if is_pair and layer >= first_vl_layer else here.modality_groups
+            x = self._run_block(layer, x, here, groups, biases)
             if output_hidden_states:
-                states.append(x)
-
-        vl_states: list[Tensor] = []
+                states.append(here.padded(x))
         y = branch_point
-        for layer in range(first_vl_layer, len(self.blocks)) if use_vl_branch else ():
-            y = self._run_block(layer, y, vl_group, positions, key_mask, cls_only)
+        for layer in range(first_vl_layer, num_layers) if use_vl_branch else ():
+            here = last_rows if layer == num_layers - 1 else rows
+            y = self._run_block(layer, y, here, here.fusion_groups, biases)
             if output_hidden_states:
-                vl_states.append(y)
+                vl_states.append(here.padded(y))
 
-        last = self.norm(x)
-        vl_last = self.norm(y) if use_vl_branch else None
+        last = self.norm(last_rows.padded(x))
+        vl_last = self.norm(last_rows.padded(y)) if use_vl_branch else None
         is_image, is_text = input_ids is None, pixel_values is None
         return MoMEOutput(
             last_hidden_state=last,
-            pooler_output=torch.tanh(self.pooler(last[:, 0])) if self.pooler and len(parts) > 1 else None,
-            image_embeds=_unit(self.image_projection, last) if is_image else None,
-            text_embeds=_unit(self.text_projection, last) if is_text else None,
+            pooler_output=torch.tanh(self.pooler(last[:, 0])) if self.pooler and is_pair else None,
+            image_embeds=_unit(self.image_projection, last[:, 0]) if is_image else None,
+            text_embeds=_unit(self.text_projection, last[:, 0]) if is_text else None,
             vl_last_hidden_state=vl_last,
-            vl_image_embeds=_unit(self.vl_image_projection, vl_last) if is_image else None,
-            vl_text_embeds=_unit(self.vl_text_projection, vl_last) if is_text else None,
+            vl_image_embeds=_unit(self.vl_image_projection, vl_last[:, 0])
+            if is_image and vl_last is not None
+            else None,
+            vl_text_embeds=_unit(self.vl_text_projection, vl_last[:, 0]) if is_text and vl_last is not None else None,
             hidden_states=tuple(states) if output_hidden_states else None,
             vl_hidden_states=tuple(vl_states) if output_hidden_states and use_vl_branch else None,
         )
 
-    def _run_block(
+    def forward_packed(
         self,
-        layer: int,
-        x: Tensor,
-        groups: tuple[TokenGroup, ...],
-        positions: tuple[Tensor, Tensor] | None,
-        key_mask: Tensor | None,
-        cls_only: bool,
+        layout: PackedLayout,
+        input_ids: Tensor | None = None,
+        pixel_values: Tensor | Sequence[Tensor] | None = None,
+        image_type_ids: Tensor | int | None = None,
+        bool_masked_pos: Tensor | None = None,
+    ) -> PackedOutput:
+        """Encode any mixture of texts, images and pairs in one pass, without a padded token.
+
+        Args:
+            layout: the plan of the batch, from `vlmo_fast.pack`.
+            input_ids: (texts, T) integers, T at least the longest text; what follows a text's end is not read.
+            pixel_values: the images, (images, C, H, W) float; images of several sizes as a sequence of such tensors,
+                which together hold them in the order of the layout. Positions are resized for sizes other than
+                `image_size`.
+            image_type_ids: row of the modality type table for the images: an int, or (images,); None means 1.
+            bool_masked_pos: (images, P - 1) bool, True for patches replaced by the mask token; images of one size only.
+
+        Returns:
+            `PackedOutput`.
+
+        Raises:
+            ValueError: the tensors are not those that the layout plans for.
+            TypeError: an input has the wrong dtype.
+        """
+        images = [pixel_values] if isinstance(pixel_values, Tensor) else list(pixel_values or ())
+        self._validate_packed(layout, input_ids, images, image_type_ids, bool_masked_pos)
+        parts = []
+        if len(layout.text_index):
+            assert input_ids is not None
+            parts.append(self._embed_text(input_ids[layout.text_index, layout.text_position], layout.text_position))
+        if images:
+            types: Sequence[Tensor | int | None] = [image_type_ids] * len(images)
+            if isinstance(image_type_ids, Tensor):
+                types = image_type_ids.split([len(pixels) for pixels in images])
+            embedded = [
+                self._embed_image(pixels, pixels.shape[-1] // self.config.patch_size, types_, bool_masked_pos)
+                for pixels, types_ in zip(images, types, strict=True)
+            ]
+            tokens = _join([image.flatten(0, 1) for image in embedded])
+            parts.append(tokens if layout.image_rows is None else tokens[layout.image_rows])
+        x = _join(parts)  # (N, D)
+        biases = self._biases(layout.text_span, layout.windows)
+
+        num_layers, first_vl_layer = len(self.blocks), self.config.first_vl_layer
+        for layer in range(num_layers):
+            if layer == first_vl_layer and layout.branch_rows is not None:
+                x = x[layout.branch_rows]
+            rows = layout.lower if layer < first_vl_layer else layout.upper
+            rows = layout.last if layer == num_layers - 1 else rows
+            groups = rows.modality_groups if layer < first_vl_layer else rows.fusion_groups
+            x = self._run_block(layer, x, rows, groups, biases)
+
+        x = self.norm(x)
+        first = {kind: layout.first_tokens(x, kind) for kind in layout.kinds}
+        return PackedOutput(
+            last_hidden_state=x,
+            pooler_output=torch.tanh(self.pooler(first["pair"])) if self.pooler and "pair" in first else None,
+            image_embeds=_unit(self.image_projection, first.get("image")),
+            text_embeds=_unit(self.text_projection, first.get("text")),
+            vl_image_embeds=_unit(self.vl_image_projection, first.get("vl_image")),
+            vl_text_embeds=_unit(self.vl_text_projection, first.get("vl_text")),
+        )
+
+    def _forward_unpadded(
+        self,
+        lengths: Tensor,
+        window: int | None,
+        input_ids: Tensor,
+        pixel_values: Tensor | None,
+        image_type_ids: Tensor | int | None,
+        use_vl_branch: bool,
+        bool_masked_pos: Tensor | None,
+    ) -> MoMEOutput:
+        """`forward` for first tokens alone, without computing the padding."""
+        numbers = torch.arange(len(lengths))
+        is_pair = pixel_values is not None
+        layout = pack(
+            lengths,
+            [] if window is None else [window] * len(lengths),
+            texts=None if is_pair else numbers,
+            pairs=numbers[:, None].expand(-1, 2) if is_pair else None,
+            vl_branch=use_vl_branch,
+            device=input_ids.device,
+        )
+        packed = self.forward_packed(layout, input_ids, pixel_values, image_type_ids, bool_masked_pos)
+        kind = "pair" if is_pair else "text"
+        last = layout.first_tokens(packed.last_hidden_state, kind)[:, None]
+        vl_last = layout.first_tokens(packed.last_hidden_state, "vl_text")[:, None] if use_vl_branch else None
+        return MoMEOutput(
+            last_hidden_state=last,
+            pooler_output=packed.pooler_output,
+            text_embeds=packed.text_embeds,
+            vl_last_hidden_state=vl_last,
+            vl_text_embeds=packed.vl_text_embeds,
+        )
+
+    def _embed_text(self, input_ids: Tensor, positions: Tensor | None = None) -> Tensor:
+        """Tokens of texts, (..., D), from ids (...) and their places."""
+        return self.text_embeddings(input_ids, positions) + self.modality_type_embeddings.weight[TEXT_TYPE]
+
+    def _embed_image(
+        self, pixel_values: Tensor, window: int, image_type_ids: Tensor | int | None, bool_masked_pos: Tensor | None
+    ) -> Tensor:
+        """Tokens of images of one size, (B, P, D)."""
+        types = IMAGE_TYPE if image_type_ids is None else image_type_ids
+        image_type = self.modality_type_embeddings.weight[types]  # (D,) or (B, D)
+        image_type = image_type if image_type.ndim == 1 else image_type[:, None]
+        return self.image_embeddings(pixel_values, window, bool_masked_pos) + image_type
+
+    def _biases(self, num_text: int, windows: tuple[int, ...]) -> LayerBiases | None:
+        """The biases of all layers; in evaluation without gradients those of the last few shapes are kept."""
+        module = self.relative_position_bias
+        if module is None:
+            return None
+        table = module.table
+        if self.training or torch.is_grad_enabled() or not _values_are_visible(table.detach()):
+            return module(num_text, windows)
+        key = (num_text, windows, id(table), table._version, table.device, table.dtype)
+        biases = self._kept_biases.get(key)
+        if biases is None:
+            biases = module(num_text, windows)
+            while len(self._kept_biases) >= NUM_KEPT_BIASES:
+                self._kept_biases.pop(next(iter(self._kept_biases)))
+            self._kept_biases[key] = biases
+        return biases
+
+    def train(self, mode: bool = True) -> MoMETransformer:
+        """As in torch; drops what evaluation keeps from one call to the next."""
+        self._kept_biases.clear()
+        return super().train(mode)
+
+    def _run_block(
+        self, layer: int, x: Tensor, rows: PaddedRows | LayerRows, groups: Groups, biases: LayerBiases | None
     ) -> Tensor:
         def run(x: Tensor) -> Tensor:
-            bias = None
-            if self.relative_position_bias is not None and positions is not None:
-                bias = self.relative_position_bias(layer, *positions)  # (heads, S, S); recomputed, not kept
-            output: Tensor = self.blocks[layer](x, groups, bias, key_mask, cls_only and layer == len(self.blocks) - 1)
+            output: Tensor = self.blocks[layer](x, rows, groups, None if biases is None else biases[layer])
             return output
 
         if self.gradient_checkpointing and torch.is_grad_enabled():
             return checkpoint(run, x, use_reentrant=False)
         return run(x)
 
-    def _window(self, pixel_values: Tensor, interpolate: bool) -> int:
-        """Patches along a side of these images."""
+    def window_of(self, pixel_values: Tensor, interpolate_pos_encoding: bool = False) -> int:
+        """Patches along a side of these images, (B, C, H, W); ValueError where their size is not allowed."""
         height, width = pixel_values.shape[-2:]
         size, patch = self.config.image_size, self.config.patch_size
-        if interpolate:
+        if interpolate_pos_encoding:
             if height != width or height % patch or height < patch:
                 raise ValueError(
                     f"MoMETransformer: pixel_values must be square, with a side that is a multiple of {patch} pixels, "
@@ -286,6 +442,44 @@ class MoMETransformer(nn.Module):
                 "interpolate_pos_encoding=True accepts other sizes"
             )
         return int(height) // patch
+
+    def _validate_packed(
+        self,
+        layout: PackedLayout,
+        input_ids: Tensor | None,
+        images: list[Tensor],
+        image_type_ids: Tensor | int | None,
+        bool_masked_pos: Tensor | None,
+    ) -> None:
+        def fail(argument: str, rule: str, actual: object) -> None:
+            raise ValueError(f"MoMETransformer.forward_packed: {argument} must {rule}, got {actual}")
+
+        if layout.branch_rows is not None and not self.config.num_vl_layers:
+            fail("layout", "be without vl_branch where num_vl_layers is 0", "one with it")
+        if (input_ids is None) != (not layout.num_texts):
+            fail("input_ids", "be given for a layout of texts, and only then", "None" if input_ids is None else "some")
+        if input_ids is not None and (
+            input_ids.ndim != 2 or len(input_ids) != layout.num_texts or input_ids.shape[1] < layout.longest_text
+        ):
+            rule = f"be the layout's ({layout.num_texts}, {layout.longest_text} or more)"
+            fail("input_ids", rule, tuple(input_ids.shape))
+        patch = self.config.patch_size
+        for pixels in images:
+            self._validate(None, None, pixels, None, False, None)
+            self.window_of(pixels, interpolate_pos_encoding=True)
+        sizes = [(pixels.shape[-1] // patch, len(pixels)) for pixels in images]
+        runs = tuple((window, sum(n for _, n in run)) for window, run in groupby(sizes, key=lambda size: size[0]))
+        if runs != layout.image_runs:
+            wanted, got = (
+                ", ".join(f"{n} of {w * patch} px" for w, n in of) or "none" for of in (layout.image_runs, runs)
+            )
+            fail("pixel_values", f"be the layout's images ({wanted})", got)
+        if bool_masked_pos is not None and len(images) != 1:
+            fail("bool_masked_pos", "come with images of one size", f"{len(images)} tensors of images")
+        self._validate(input_ids, None, None, None, False, None)
+        if image_type_ids is not None or bool_masked_pos is not None:
+            everything = images[0][:1].expand(sum(map(len, images)), -1, -1, -1) if images else None
+            self._validate(None, None, everything, image_type_ids, False, bool_masked_pos)
 
     def _validate(
         self,
@@ -301,8 +495,6 @@ class MoMETransformer(nn.Module):
         def fail(argument: str, rule: str, actual: Any, error: type[Exception] = ValueError) -> None:
             raise error(f"MoMETransformer: {argument} must {rule}, got {actual}")
 
-        if input_ids is None and pixel_values is None:
-            fail("input_ids or pixel_values", "be given", "neither")
         if input_ids is not None:
             if input_ids.ndim != 2 or 0 in input_ids.shape:
                 fail("input_ids", "be (B, T) with B and T at least 1", tuple(input_ids.shape))
@@ -365,18 +557,30 @@ def _values_are_visible(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling() and type(tensor) is Tensor
 
 
-def _key_mask(attention_mask: Tensor | None, num_tokens: int) -> Tensor | None:
+def _key_mask(attention_mask: Tensor | None, num_image_tokens: int) -> Tensor | None:
     """(B, S) bool, False for padding; image tokens are always real."""
-    if attention_mask is None:
-        return None
-    return F.pad(attention_mask != 0, (0, num_tokens - attention_mask.shape[1]), value=True)
+    return None if attention_mask is None else F.pad(attention_mask != 0, (0, num_image_tokens), value=True)
 
 
-def _unit(projection: nn.Linear | None, hidden: Tensor | None) -> Tensor | None:
-    """Unit-norm projection of the first token, (B, D)."""
-    if projection is None or hidden is None:
+def _visible_lengths(attention_mask: Tensor) -> Tensor | None:
+    """Tokens of each text, (B,) int64, where the mask can be looked at, there is padding, and all of it at the ends."""
+    if not _values_are_visible(attention_mask):
         return None
-    return F.normalize(projection(hidden[:, 0]), dim=-1)
+    real = attention_mask != 0
+    lengths = real.sum(dim=1)
+    is_prefix = torch.equal(real, torch.arange(real.shape[1]) < lengths[:, None])
+    return lengths if is_prefix and int(lengths.min()) < real.shape[1] else None
+
+
+def _join(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat([*parts])
+
+
+def _unit(projection: nn.Linear | None, first_tokens: Tensor | None) -> Tensor | None:
+    """Unit-norm projection of first tokens, (B, D)."""
+    if projection is None or first_tokens is None:
+        return None
+    return F.normalize(projection(first_tokens), dim=-1)
 
 
 class TextEmbeddings(nn.Module):
@@ -397,11 +601,13 @@ class TextEmbeddings(nn.Module):
         self.norm = nn.LayerNorm(config.hidden_size, config.text_layer_norm_eps)
         self.dropout = nn.Dropout(config.text_embedding_dropout)
 
-    def forward(self, input_ids: Tensor) -> Tensor:
+    def forward(self, input_ids: Tensor, positions: Tensor | None = None) -> Tensor:
+        """Tokens (..., D) of ids (..., T) and their places in the text, (T,) or (...); None means 0, 1, ..."""
         x = self.word_embeddings(input_ids) + self.token_type_embeddings.weight[0]
         if self.adds_positions:
-            x = x + self.position_embeddings.weight[: input_ids.shape[1]]
-        return self.dropout(self.norm(x))  # (B, T, D)
+            table = self.position_embeddings.weight
+            x = x + (table[: input_ids.shape[-1]] if positions is None else table[positions])
+        return self.dropout(self.norm(x))
 
 
 class UnusedPositions(nn.Module):
@@ -477,38 +683,44 @@ class MoMEBlock(nn.Module):
             self.attention_layer_scale = nn.Parameter(torch.empty(width))
             self.ffn_layer_scale = nn.Parameter(torch.empty(width))
 
-    def forward(
-        self,
-        x: Tensor,
-        groups: tuple[TokenGroup, ...],
-        bias: Tensor | None = None,
-        key_mask: Tensor | None = None,
-        cls_only: bool = False,
-    ) -> Tensor:
+    def forward(self, x: Tensor, rows: PaddedRows | LayerRows, groups: Groups, bias: Tensor | None = None) -> Tensor:
         """One block.
 
         Args:
-            x: (B, S, D).
-            groups: the token groups of a sequence in order; their lengths add up to S.
-            bias: (heads, S, S) or None.
-            key_mask: (B, S) bool or None.
-            cls_only: whether only the first token is wanted.
+            x: (N, D).
+            rows: which row is which token, and which rows are wanted.
+            groups: expert and number of wanted rows of each group, in order.
+            bias: (heads, R, R) or None.
 
         Returns:
-            (B, S, D), or (B, 1, D) with `cls_only`.
+            (M, D), the wanted rows.
         """
-        attended = self.attention(self.attention_norm(x), bias, key_mask, cls_only)
-        if cls_only:
-            x, groups = x[:, :1], (TokenGroup(groups[0].expert, 1),)
-        x = x + self._branch(attended, self.attention_layer_scale)
-        parts = []
-        for group, part in zip(groups, x.split([group.num_tokens for group in groups], dim=1), strict=True):
-            parts.append(part + self._branch(self.experts[group.expert](part), self.ffn_layer_scale))
-        return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
+        attended = self.attention(self.attention_norm(x), rows, bias)
+        x = rows.keep(x) + _scaled(attended, self.attention_layer_scale, self._row_scale(x, rows, num_draws=1))
+        row_scale = self._row_scale(x, rows, num_draws=1 if groups == rows.fusion_groups else 2)
+        sizes, experts = [size for _, size in groups], [cast("Expert", self.experts[name]) for name, _ in groups]
+        if all(expert.is_plain for expert in experts):
+            weights = [expert.weights() for expert in experts]
+            return ops.mome_ffn(x, sizes, weights, self.ffn_layer_scale, row_scale, eps=experts[0].norm.eps)
+        branches = [expert(part) for expert, part in zip(experts, x.split(sizes), strict=True)]
+        return x + _scaled(_join(branches), self.ffn_layer_scale, row_scale)
 
-    def _branch(self, x: Tensor, layer_scale: Tensor | None) -> Tensor:
-        x = x if layer_scale is None else layer_scale * x
-        return drop_path(x, self.drop_path_rate if self.training else 0.0)
+    def _row_scale(self, x: Tensor, rows: PaddedRows | LayerRows, num_draws: int) -> Tensor | None:
+        """Stochastic depth: (M,), 0 for rows whose residual branch is dropped, else 1 / (1 - rate).
+
+        Drawn once for each sequence, or (`num_draws` = 2) once for its text and once for its image, as in the release,
+        where the experts of a pair drop theirs apart.
+        """
+        if not self.training or not self.drop_path_rate:
+            return None
+        keep = torch.empty(rows.num_sequences, num_draws, dtype=x.dtype, device=x.device)
+        keep = keep.bernoulli_(1 - self.drop_path_rate).div_(1 - self.drop_path_rate)
+        return rows.per_row(keep.expand(-1, 2))
+
+
+def _scaled(branch: Tensor, layer_scale: Tensor | None, row_scale: Tensor | None) -> Tensor:
+    branch = branch if layer_scale is None else layer_scale * branch
+    return branch if row_scale is None else row_scale[:, None] * branch
 
 
 class Attention(nn.Module):
@@ -524,27 +736,26 @@ class Attention(nn.Module):
         self.projection = nn.Linear(config.hidden_size, config.hidden_size)
         self.dropout = nn.Dropout(config.hidden_dropout)
 
-    def forward(
-        self, x: Tensor, bias: Tensor | None = None, key_mask: Tensor | None = None, cls_only: bool = False
-    ) -> Tensor:
-        """Attend from every token, or with `cls_only` from the first alone, to all: (B, S or 1, D)."""
+    def forward(self, x: Tensor, rows: PaddedRows | LayerRows, bias: Tensor | None = None) -> Tensor:
+        """Attend within sequences, from the wanted rows to all: (N, D) -> (M, D)."""
         weight, no_bias = self.qkv.weight, torch.zeros_like(self.v_bias)  # keys have no bias
-        if cls_only:
-            query = F.linear(x[:, :1], weight[: len(no_bias)], self.q_bias)
-            key, value = F.linear(x, weight[len(no_bias) :], torch.cat([no_bias, self.v_bias])).chunk(2, dim=-1)
-            bias = None if bias is None else bias[:, :1]
-        else:
+        if rows.keeps_all:
             qkv = F.linear(x, weight, torch.cat([self.q_bias, no_bias, self.v_bias]))
-            query, key, value = qkv.chunk(3, dim=-1)
-        query, key, value = (
-            part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in (query, key, value)
-        )  # (B, heads, S, d) each
-        attended = ops.attention(query, key, value, bias, key_mask, backend=self.backend)
-        return self.dropout(self.projection(attended.transpose(1, 2).flatten(2)))
+            query, key, value = qkv.unflatten(1, (3, self.num_heads, -1)).unbind(1)  # (N, heads, d) each
+        else:
+            width = len(no_bias)
+            query = F.linear(rows.keep(x), weight[:width], self.q_bias).unflatten(1, (self.num_heads, -1))
+            key_value = F.linear(x, weight[width:], torch.cat([no_bias, self.v_bias]))
+            key, value = key_value.unflatten(1, (2, self.num_heads, -1)).unbind(1)
+        return self.dropout(self.projection(rows.attend(query, key, value, bias, self.backend).flatten(1)))
 
 
 class Expert(nn.Module):
-    """A modality expert: fc2(gelu(fc1(LN(x)))), with its own norm and the exact (erf) GELU."""
+    """A modality expert: fc2(gelu(fc1(LN(x)))), with its own norm and the exact (erf) GELU.
+
+    A block computes its experts as one op (`ops.mome_ffn`) straight from their parameters. An expert that is not plain,
+    because a part of it was replaced (an adapter, a quantised layer) or is watched by a hook, is called as a module.
+    """
 
     def __init__(self, config: MoMEConfig) -> None:
         super().__init__()
@@ -555,12 +766,25 @@ class Expert(nn.Module):
         self.dropout = nn.Dropout(config.hidden_dropout)
 
     def forward(self, x: Tensor) -> Tensor:
+        """The expert's branch, without the residual, (..., D)."""
         return self.dropout(self.fc2(F.gelu(self.fc1(self.norm(x)))))
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether the parameters alone say what `forward` computes."""
+        if type(self.dropout) is not nn.Dropout or (self.training and self.dropout.p):
+            return False
+        kinds = ((self, Expert), (self.norm, nn.LayerNorm), (self.fc1, nn.Linear), (self.fc2, nn.Linear))
+        return all(
+            type(module) is kind
+            and not module._forward_hooks
+            and not module._forward_pre_hooks
+            and getattr(module.forward, "__func__", None) is kind.forward
+            for module, kind in kinds
+        )
 
-def drop_path(x: Tensor, rate: float) -> Tensor:
-    """Stochastic depth: zero a residual branch per sample with probability `rate`, scaling the others to the mean."""
-    if rate == 0.0:
-        return x
-    keep = torch.empty((len(x), 1, 1), dtype=x.dtype, device=x.device).bernoulli_(1 - rate)
-    return x * keep / (1 - rate)
+    def weights(self) -> ops.ExpertWeights:
+        """The parameters, as the op takes them."""
+        return ops.ExpertWeights(
+            self.norm.weight, self.norm.bias, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias
+        )

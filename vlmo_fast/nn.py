@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from torch.distributed import ProcessGroup
 from vlmo_fast import ops
 from vlmo_fast.config import MoMEConfig
 from vlmo_fast.model import Attention, Expert, MoMEBlock
+from vlmo_fast.packing import PaddedRows
 from vlmo_fast.positions import RelativePositionBias
 
 __all__ = ["ContrastiveLoss", "ExpertFeedForward", "MoMEBlock", "RelativeAttention", "RelativePositionBias"]
@@ -112,7 +114,7 @@ class ExpertFeedForward(nn.Module):
         if row_scale is not None:
             scales = torch.cat([part.reshape(-1) for part in row_scale.split(counts, dim=-1)])
         sizes = [part.numel() // x.shape[-1] for part in parts]
-        weights = [_weights(self.experts[name]) for name, _ in groups]
+        weights = [cast("Expert", self.experts[name]).weights() for name, _ in groups]
         rows = ops.mome_ffn(rows, sizes, weights, self.layer_scale, scales, eps=self.eps)
         return torch.cat([part.view(like.shape) for part, like in zip(rows.split(sizes), parts, strict=True)], dim=-2)
 
@@ -153,7 +155,7 @@ class RelativeAttention(nn.Module):
             (B, S, D).
 
         Raises:
-            ValueError: the tokens are neither a text, nor an image of the window, nor both.
+            ValueError: the tokens are neither a text, nor an image of the window, nor both, or the text is too long.
         """
         num_tokens, window = x.shape[1], self.bias.window_size
         if num_tokens - num_text_tokens not in (0, 1 + window**2):
@@ -161,9 +163,15 @@ class RelativeAttention(nn.Module):
                 f"RelativeAttention: x must have {num_text_tokens} text tokens and 0 or {1 + window**2} of an image, "
                 f"got {num_tokens} in all"
             )
-        positions = self.bias.prepare(num_text_tokens, window if num_tokens > num_text_tokens else None)
-        output: Tensor = self.attention(x, self.bias(0, *positions), key_mask)
-        return output
+        if num_text_tokens > self.bias.text_span:
+            raise ValueError(
+                f"RelativeAttention: num_text_tokens must be at most text_span={self.bias.text_span}, "
+                f"got {num_text_tokens}"
+            )
+        biases = self.bias(num_text_tokens, (window,) if num_tokens > num_text_tokens else ())
+        rows = PaddedRows(len(x), 0, num_tokens, key_mask)  # attention does not ask which tokens are which
+        output: Tensor = self.attention(x.flatten(0, 1), rows, biases[0])
+        return output.view(x.shape)
 
 
 class ContrastiveLoss(nn.Module):
@@ -196,12 +204,6 @@ class ContrastiveLoss(nn.Module):
         return ops.contrastive_loss(
             image_embeds, text_embeds, scale, image_ids=image_ids, text_ids=text_ids, process_group=process_group
         )
-
-
-def _weights(expert: nn.Module) -> ops.ExpertWeights:
-    assert isinstance(expert, Expert)
-    norm, fc1, fc2 = expert.norm, expert.fc1, expert.fc2
-    return ops.ExpertWeights(norm.weight, norm.bias, fc1.weight, fc1.bias, fc2.weight, fc2.bias)
 
 
 def _initialise(module: nn.Module) -> None:

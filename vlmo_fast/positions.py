@@ -19,12 +19,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 __all__ = [
+    "LayerBiases",
     "RelativePositionBias",
     "num_relative_positions",
     "relative_position_index",
     "resize_absolute_positions",
     "resize_relative_bias_table",
 ]
+
+ALL_LAYERS_BYTES = 256 << 20
 
 
 def num_relative_positions(window_size: int, text_span: int) -> int:
@@ -73,7 +76,9 @@ def _image_index(window_size: int, device: torch.device | None) -> Tensor:
 
 def _text_index(num_tokens: int, first_row: int, text_span: int, device: torch.device | None) -> Tensor:
     position = torch.arange(num_tokens, device=device)
-    index = position[None, :] - position[:, None] + first_row + text_span - 2  # key minus query
+    distance = position[None, :] - position[:, None]  # key minus query
+    # Packed batches round the text's share of the bias up; places past the span, which no token has, must index too.
+    index = distance.clamp(2 - text_span, text_span - 2) + first_row + text_span - 2
     end = first_row + 2 * text_span
     return _set_cls(index, cls_to_token=end - 3, token_to_cls=end - 2, cls_to_cls=end - 1)
 
@@ -102,33 +107,62 @@ class RelativePositionBias(nn.Module):
         self.window_size, self.text_span = window_size, text_span
         self.table = nn.Parameter(torch.zeros(num_relative_positions(window_size, text_span), num_layers * num_heads))
 
-    def prepare(self, num_text_tokens: int, window_size: int | None) -> tuple[Tensor, Tensor]:
-        """What all layers of one forward share.
+    def forward(self, num_text_tokens: int, window_sizes: tuple[int, ...]) -> LayerBiases:
+        """The biases of all layers for sequences of the form [text ; image].
 
         Args:
-            num_text_tokens: text tokens of the sequence [text ; image], 0 for an image alone.
-            window_size: patches along a side of the image; None for a text alone. Where it is not the table's own,
-                the table is resized on the fly (differentiably).
-
-        Returns:
-            The table, (rows, L * heads), and the row of each (query, key), (S, S) int64.
+            num_text_tokens: tokens of the longest text, 0 for images alone.
+            window_sizes: patches along a side of each size of image; none for texts alone. Where a size is not the
+                table's own, the table is resized on the fly (differentiably).
         """
-        window = self.window_size if window_size is None else window_size
-        table = resize_relative_bias_table(self.table, self.window_size, window)
-        index = relative_position_index(
-            num_text_tokens, window, self.text_span, with_image=window_size is not None, device=table.device
-        )
-        return table, index
+        return LayerBiases(self, num_text_tokens, window_sizes)
 
-    def forward(self, layer: int, table: Tensor, index: Tensor) -> Tensor:
-        """Biases of one layer, (heads, S, S), from what `prepare` returned.
 
-        Layer by layer, since those of all layers at once take over a gigabyte (large, 480 px). They are gathered along
-        the contiguous axis of the transpose, which a CPU does several times faster than an embedding lookup and a
-        permutation (docs/log.md).
-        """
-        columns = table[:, layer * self.num_heads : (layer + 1) * self.num_heads].t().contiguous()
-        return columns.index_select(1, index.flatten()).view(self.num_heads, *index.shape)
+class LayerBiases:
+    """Biases of each layer: `biases[layer]` is (heads, R, R), R = text tokens + tokens of each size of image, in order.
+
+    Between images of different sizes, which no sequence joins, the bias is 0. All layers are gathered at once, but for
+    sizes where that takes more than `ALL_LAYERS_BYTES` (large at 480 px: 1.4 GB): there each when it is asked for. They
+    are gathered along the contiguous axis of the table's transpose, which a CPU does several times faster than an
+    embedding lookup and a permutation (docs/log.md).
+    """
+
+    def __init__(self, module: RelativePositionBias, num_text_tokens: int, window_sizes: tuple[int, ...]) -> None:
+        self._module, self._num_text = module, num_text_tokens
+        table, own, span = module.table, module.window_size, module.text_span
+        self._sources = []  # for each size of image its table and the table's row for each (query, key)
+        for window in window_sizes or (None,):
+            size = own if window is None else window
+            index = relative_position_index(
+                num_text_tokens, size, span, with_image=window is not None, device=table.device
+            )
+            self._sources.append((resize_relative_bias_table(table, own, size), index))
+        self.num_rows = num_text_tokens + sum(len(index) - num_text_tokens for _, index in self._sources)
+        num_bytes = module.num_layers * module.num_heads * self.num_rows**2 * table.element_size()
+        self.all_layers: Tensor | None = None
+        if num_bytes <= ALL_LAYERS_BYTES:
+            self.all_layers = self._gather(0, module.num_layers)
+
+    def __getitem__(self, layer: int) -> Tensor:
+        """(heads, R, R)."""
+        return self._gather(layer, layer + 1)[0] if self.all_layers is None else self.all_layers[layer]
+
+    def _gather(self, first_layer: int, end_layer: int) -> Tensor:
+        """(layers, heads, R, R)."""
+        heads = self._module.num_heads
+        biases = []
+        for table, index in self._sources:
+            columns = table[:, first_layer * heads : end_layer * heads].t().contiguous()
+            biases.append(columns.index_select(1, index.flatten()).view(end_layer - first_layer, heads, *index.shape))
+        if len(biases) == 1:
+            return biases[0]
+        joint = biases[0].new_zeros(*biases[0].shape[:2], self.num_rows, self.num_rows)
+        text, end = torch.arange(self._num_text, device=joint.device), self._num_text
+        for bias in biases:
+            rows = torch.cat([text, torch.arange(end, end + bias.shape[-1] - self._num_text, device=joint.device)])
+            joint[:, :, rows[:, None], rows] = bias
+            end += bias.shape[-1] - self._num_text
+        return joint
 
 
 def resize_relative_bias_table(table: Tensor, window_size: int, new_window_size: int) -> Tensor:

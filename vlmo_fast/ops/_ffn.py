@@ -149,7 +149,8 @@ def _capability(device_index: int) -> tuple[int, int]:
 
 
 def _autocasts(x: Tensor) -> bool:
-    return torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
+    device = x.device.type
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and x.dtype != torch.float64
 
 
 def _implementation(name: str) -> ModuleType:
