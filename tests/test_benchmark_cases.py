@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import vlmo_fast
-from benchmarks import bench_attention, bench_contrastive, bench_ffn, bench_model, bench_search, harness
+from benchmarks import bench_attention, bench_contrastive, bench_ffn, bench_model, bench_packing, bench_search, harness
 from benchmarks.harness import Bench, Results, Settings
 from vlmo_fast import ops
 from vlmo_fast.ops import reference
@@ -104,8 +104,17 @@ def test_contenders_of_the_whole_model_agree(bench, monkeypatch, case):
         bench.results.data["groups"].clear()
         bench_search.bench_search(bench, 2)
         assert len(errors(bench)) == 4
+        bench.results.data["groups"].clear()
+        monkeypatch.setattr(bench_packing, "WINDOW", 2)
+        bench_packing.bench_mixture(bench)
+        assert set(errors(bench)) == {"ours, one forward", "ours, a pass for each kind", "released"}
     finally:
         bench_model.networks.cache_clear()
+
+
+def test_the_plan_is_that_of_the_loop(bench):
+    bench_packing.bench_plan(bench, 16)
+    assert set(errors(bench).values()) == {0.0}
 
 
 def test_both_sides_of_a_pretraining_step_agree_with_gradients(bench, monkeypatch):
