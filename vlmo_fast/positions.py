@@ -85,10 +85,10 @@ def _text_index(num_tokens: int, first_row: int, text_span: int, device: torch.d
 
 def _set_cls(index: Tensor, *, cls_to_token: int, token_to_cls: int, cls_to_cls: int) -> Tensor:
     """Give the first token of a modality, its [CLS], the rows of its own."""
-    index[0, :] = cls_to_token
-    index[:, 0] = token_to_cls
-    index[0, 0] = cls_to_cls
-    return index
+    first = torch.arange(index.shape[0], device=index.device) == 0
+    index = torch.where(first[:, None], cls_to_token, index)  # out of place: inductor cannot lower the assignments
+    index = torch.where(first[None, :], token_to_cls, index)
+    return torch.where(first[:, None] & first[None, :], cls_to_cls, index)
 
 
 class RelativePositionBias(nn.Module):
