@@ -92,11 +92,10 @@ def bench_attention(bench: Bench, kind: str, count: int, mode: str) -> None:
 
         return {"qkv": draw(batch.num_rows, 3, HEADS, SIZE), "bias": draw(HEADS, batch.bias_rows, batch.bias_rows)}
 
-    def ours(qkv: Tensor, bias: Tensor) -> Tensor:
-        query, key, value = qkv.unbind(1)
-        longest = int(batch.lengths.max())
+    def ours(qkv: Tensor, bias: Tensor, backend: str = "triton" if on_gpu else "auto") -> Tensor:
+        longest, host = int(batch.lengths.max()), batch.host_segments
         return ops.packed_attention(
-            query, key, value, batch.segments, bias, host_segments=batch.host_segments, max_length=longest
+            *qkv.unbind(1), batch.segments, bias, host_segments=host, max_length=longest, backend=backend
         )
 
     def oracle(qkv: Tensor, bias: Tensor) -> Tensor:
@@ -150,6 +149,8 @@ def bench_attention(bench: Bench, kind: str, count: int, mode: str) -> None:
         group.peer(name, function, layout=layout, oracle=padded_eager, **options)
 
     group.ours("ours", ours)
+    if on_gpu:
+        group.ours("ours, torch's operators", lambda qkv, bias: ours(qkv, bias, "auto"))
     peer("eager", padded_eager)
     refusals = (RuntimeError, NotImplementedError)
     if on_gpu:

@@ -71,7 +71,7 @@ def bench_ffn(bench: Bench, size: str, tokens: int, mode: str) -> None:
         return {"x": draw(tokens, width), "experts": experts, "scale": scale}
 
     def ours(x: Tensor, experts: Sequence[ops.ExpertWeights], scale: Tensor | None) -> Tensor:
-        return ops.mome_ffn(x, sizes, experts, scale, eps=EPS)
+        return ops.mome_ffn(x, sizes, experts, scale, eps=EPS, backend="triton" if on_gpu else "auto")
 
     def eager(x: Tensor, experts: Sequence[ops.ExpertWeights], scale: Tensor | None) -> Tensor:
         return reference.mome_ffn(x, sizes, experts, scale, None, EPS)
@@ -97,6 +97,8 @@ def bench_ffn(bench: Bench, size: str, tokens: int, mode: str) -> None:
         else (),
     )
     group.ours("ours", ours)
+    if on_gpu:
+        group.ours("ours, torch's operators", lambda x, experts, scale: ops.mome_ffn(x, sizes, experts, scale, eps=EPS))
     group.peer("eager", eager)
     compiled = on_gpu or (size, tokens, mode) == ("base", 2048, "forward")
     if compiled:

@@ -98,6 +98,36 @@ def test_pair(golden, dtype):
 
 
 @golden_models
+@dtypes
+def test_packed_mixture(golden, dtype):
+    """All of the above in one packed forward: texts and images alone, on both branches, and pairs."""
+    z, (pixels, ids, masks, *_) = official.load_golden(golden), inputs(dtype)
+    each, lengths = torch.arange(4), masks.sum(dim=1)
+    layout = vlmo_fast.pack(
+        lengths,
+        [4] * 4,
+        texts=each,
+        images=each,
+        pairs=torch.stack([each, each], dim=1),
+        vl_branch=True,
+        all_tokens=("text", "image", "pair"),
+    )
+    out = load(golden, "pretrain", dtype).backbone.forward_packed(layout, ids, pixels)
+    close(out.text_embeds, z["infer_text.cls_feats"])
+    close(out.vl_text_embeds, z["infer_text.cls_vlffn_feats"])
+    close(out.image_embeds, z["infer_image.cls_feats"])
+    close(out.vl_image_embeds, z["infer_image.cls_vlffn_feats"])
+    close(out.pooler_output, z["infer.cls_feats"])
+    for i, tokens in enumerate(layout.unpack(out.last_hidden_state, "text")):
+        close(tokens, z["infer_text.text_feats"][i, : lengths[i]])
+    for i, tokens in enumerate(layout.unpack(out.last_hidden_state, "image")):
+        close(tokens, z["infer_image.image_feats"][i])
+    for i, tokens in enumerate(layout.unpack(out.last_hidden_state, "pair")):
+        close(tokens[: lengths[i]], z["infer.text_feats"][i, : lengths[i]])
+        close(tokens[lengths[i] :], z["infer.image_feats"][i])
+
+
+@golden_models
 def test_texts_need_no_padding(golden):
     """Each text cut to its own length gives the rows of the padded batch: alone, on the vl branch, and in a pair."""
     z, (pixels, ids, *_) = official.load_golden(golden), inputs()

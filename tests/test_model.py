@@ -565,6 +565,64 @@ def test_unused_text_positions_are_frozen():
         assert weight.shape == (10, 24)
 
 
+# Biases kept in evaluation
+
+
+def biases_of(model):
+    with torch.no_grad():
+        return model._biases(6, (3,))
+
+
+def test_biases_are_kept_in_evaluation():
+    """The very same tensors for the same shape, of a few shapes, and the numbers of a model that keeps nothing."""
+    model = build().eval()
+    first = biases_of(model)
+    assert biases_of(model) is first
+    with torch.no_grad():
+        for num_text in range(1, 5):
+            model._biases(num_text, (3,))
+    assert len(model._kept_biases) == 4
+    assert biases_of(model) is not first  # four other shapes came since
+    assert not copy.deepcopy(model)._kept_biases
+    for path in PATHS:
+        with torch.no_grad():
+            kept = [tensors(run(model, path)) for _ in range(2)]
+        for a, b, c in zip(*kept, tensors(run(model, path)), strict=True):
+            assert torch.equal(a, b)
+            assert torch.equal(a, c.detach())
+
+
+@pytest.mark.parametrize("change", ["in place", "loaded", "assigned", "data", "moved"])
+def test_kept_biases_follow_the_table(change):
+    model, other = build().eval(), build(seed=1)
+    before = biases_of(model)[0].clone()
+    if change == "in place":
+        with torch.no_grad():
+            model.relative_position_bias.table.mul_(2)
+    elif change in ("loaded", "assigned"):
+        model.load_state_dict(other.state_dict(), assign=change == "assigned")
+    elif change == "data":
+        model.relative_position_bias.table.data = other.relative_position_bias.table.data
+        model.eval()
+    else:
+        model.double()
+    after = biases_of(model)[0]
+    fresh = model.relative_position_bias(6, (3,))[0]
+    assert torch.equal(after, fresh)
+    assert after.dtype != before.dtype or not torch.equal(after, before)
+
+
+def test_no_biases_are_kept_for_training():
+    model = build().eval()
+    run(model, "pair")
+    with torch.no_grad():
+        run(model.train(), "pair")
+    assert not model._kept_biases
+    biases_of(model.eval())
+    assert model._kept_biases
+    assert not model.train()._kept_biases
+
+
 # [CLS] alone in the last layer
 
 

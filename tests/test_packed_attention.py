@@ -344,17 +344,18 @@ def test_many_compositions_compile_twice():
 
 
 def test_choices():
-    """Triton's kernels on CUDA where they take the problem; elsewhere torch's operators, fused in full precision."""
+    """Torch's operators, fused in full precision; Triton's kernels by name alone, until they have run on a GPU."""
     half, single, double = torch.bfloat16, torch.float32, torch.float64
 
     def chosen(*problem, **more):
         return ops.select("packed_attention", ops.Problem(*problem, **more))
 
     for dtype in (half, torch.float16, single):
-        assert chosen("cuda", dtype, True, 64) == "triton"
-        assert chosen("cuda", dtype, True, 128) == "triton"
-        assert chosen("cuda", dtype, True, 129) == ("sdpa" if dtype == single else "bucketed")
-        assert chosen("cuda", dtype, False, 136) == "sdpa"
+        assert chosen("cuda", dtype, True, 64) == ("sdpa" if dtype == single else "bucketed")
+        assert chosen("cuda", dtype, False, 64) == "sdpa"
+        assert ops.select("packed_attention", ops.Problem("cuda", dtype, True, 128), "triton") == "triton"
+        with pytest.raises(NotImplementedError, match="takes heads up to 128 wide"):
+            ops.select("packed_attention", ops.Problem("cuda", dtype, True, 129), "triton")
     for device in ("cuda", "cpu", "mps"):
         assert chosen(device, double, True, 64) == chosen(device, double, False, 64) == "sdpa"
     for needs_grad in (False, True):
@@ -375,7 +376,7 @@ def test_a_graph_may_ask_the_door():
 
     @torch.compile(fullgraph=True, backend="eager")
     def choose(x):
-        chosen = ops.select("packed_attention", ops.Problem("cuda", torch.bfloat16, True, 64))
+        chosen = ops.select("packed_attention", ops.Problem("cuda", torch.bfloat16, True, 64), "triton")
         return x + 1 if chosen == "triton" else x
 
     assert choose(torch.zeros(())) == 1

@@ -1,5 +1,7 @@
 """Packed tokens: the plan itself, and the packed model against the padded one."""
 
+import dataclasses
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -7,7 +9,8 @@ from hypothesis import strategies as st
 from torch._dynamo.testing import CompileCounter
 
 from vlmo_fast import MoMEConfig, MoMETransformer, pack
-from vlmo_fast.packing import KINDS
+from vlmo_fast.model import MoMEBlock
+from vlmo_fast.packing import KINDS, LayerRows, _to_device
 
 SIZES = {
     "hidden_size": 24,
@@ -28,7 +31,8 @@ EMBEDDINGS = {kind: f"{kind}_embeds" for kind in ("text", "vl_text", "vl_image",
 def build(kind="relative", **options):
     torch.manual_seed(0)
     scale = {"relative": 0.5, "absolute": None}[kind]
-    model = MoMETransformer(MoMEConfig(**SIZES, position_embedding_type=kind, layer_scale_init_value=scale, **options))
+    sizes = {**SIZES, "position_embedding_type": kind, "layer_scale_init_value": scale, **options}
+    model = MoMETransformer(MoMEConfig(**sizes))
     if model.relative_position_bias is not None:
         torch.nn.init.normal_(model.relative_position_bias.table, std=0.5)
     return model.double()
@@ -224,3 +228,119 @@ def test_fifty_compositions_compile_at_most_twice(kind):
             for actual, expected in zip(out, wanted, strict=True):
                 close(actual, expected)
     assert counter.frame_count <= 2
+
+
+def test_moving_a_layout_changes_nothing():
+    """One buffer travels to the device; here it comes back to the same one."""
+    layout = pack(LENGTHS, windows(), **MIXTURES["all"], vl_branch=True, all_tokens=("pair",))
+    moved = _to_device(layout, torch.device("cpu"))
+
+    def same(a, b):
+        if isinstance(a, torch.Tensor):
+            return a.dtype == b.dtype and torch.equal(a, b)
+        if isinstance(a, LayerRows):
+            return all(same(getattr(a, f.name), getattr(b, f.name)) for f in dataclasses.fields(a))
+        return all(map(same, a, b)) if isinstance(a, tuple) else a == b
+
+    for field in dataclasses.fields(layout):
+        assert same(getattr(layout, field.name), getattr(moved, field.name)), field.name
+
+
+def test_padding_is_never_read():
+    """What stands in the ids after a text's end is anything; a drop-in call for first tokens skips it too."""
+    model, ids = build().requires_grad_(False), texts()[:4, :12]
+    mask = torch.arange(12) < torch.tensor(LENGTHS[:4])[:, None]
+    plain = model(ids, mask, use_vl_branch=True)
+    short = model(ids.masked_fill(~mask, 0), mask, use_vl_branch=True, cls_only=True)
+    for name in ("text_embeds", "vl_text_embeds"):
+        close(getattr(short, name), getattr(plain, name))
+    close(short.last_hidden_state, plain.last_hidden_state[:, :1])
+    close(short.vl_last_hidden_state, plain.vl_last_hidden_state[:, :1])
+    pixels = torch.cat([image for image, side in zip(images(), SIDES, strict=True) if side == 24])[:2]
+    pooled = model(ids[:2], mask[:2], pixels, image_type_ids=1).pooler_output
+    close(model(ids[:2], mask[:2], pixels, image_type_ids=1, cls_only=True).pooler_output, pooled)
+    holes = mask.clone()
+    holes[0, 3] = False  # not padding at the end: computed as padded
+    close(model(ids, holes, cls_only=True).text_embeds, model(ids, holes).text_embeds)
+
+
+def test_drop_path_is_drawn_for_each_sequence():
+    """A dropped branch is dropped for all rows of its sequence; the VL branch of a text draws for itself."""
+    model = build(drop_path_rate=0.5).train().requires_grad_(False)
+    layout = pack([4] * 300, texts=range(300), vl_branch=True, all_tokens=("text", "vl_text"))
+    scales, original = [], MoMEBlock._row_scale
+
+    def spy(block, x, rows, num_draws):
+        scale = original(block, x, rows, num_draws)
+        scales.append((block, rows, scale))
+        return scale
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(MoMEBlock, "_row_scale", spy)
+        model.forward_packed(layout, texts((4,) * 300))
+    scale = next(scale for block, rows, scale in scales if block is model.blocks[3]).view(600, 4)
+    assert torch.equal(scale, scale[:, :1].expand(-1, 4))
+    kept = (scale[:, 0] > 0).view(2, 300)
+    # four outcomes of (plain, branch), 300 / 4 = 75 each, standard deviation 7.5; five of them
+    counts = [int((kept[0] == a).logical_and(kept[1] == b).sum()) for a in (True, False) for b in (True, False)]
+    assert all(abs(count - 75) <= 38 for count in counts), counts
+
+
+def test_gradient_checkpointing_of_packed_batches():
+    model = build()
+    gradients = []
+    for model.gradient_checkpointing in (False, True):
+        model.zero_grad()
+        layout = pack(LENGTHS, windows(), **MIXTURES["all"], vl_branch=True)
+        model.forward_packed(layout, texts(), images()).last_hidden_state.square().sum().backward()
+        gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    assert all(torch.equal(gradient, gradients[1][name]) for name, gradient in gradients[0].items())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({}, ValueError, "texts, images or pairs must hold a sequence, got none"),
+        ({"text_lengths": [3, 0]}, ValueError, "text_lengths must be at least 1, got 0"),
+        ({"text_lengths": [3.0]}, TypeError, "text_lengths must be integers, got torch.float32"),
+        ({"text_lengths": [[3]]}, ValueError, r"text_lengths must be one-dimensional, got shape \(1, 1\)"),
+        ({"image_windows": [-1]}, ValueError, "image_windows must be at least 1, got -1"),
+        ({"text_lengths": [3], "texts": [1]}, ValueError, "texts must be from 0 to 0, got 1"),
+        ({"text_lengths": [3], "texts": [-1]}, ValueError, "texts must be from 0 to 0, got -1"),
+        ({"image_windows": [3], "images": [4]}, ValueError, "images must be from 0 to 0, got 4"),
+        (
+            {"text_lengths": [3], "image_windows": [3], "pairs": [(0, 1)]},
+            ValueError,
+            "pairs must name images from 0 to 0, got 1",
+        ),
+        ({"text_lengths": [3], "pairs": [0]}, ValueError, r"pairs must be \(text, image\) each, got shape \(1,\)"),
+        ({"text_lengths": [3], "all_tokens": ["texts"]}, ValueError, r"all_tokens must be some of .* got \['texts'\]"),
+        (
+            {"text_lengths": torch.ones(2, dtype=torch.int64, device="meta")},
+            ValueError,
+            "text_lengths must be on the host .* got a tensor on meta",
+        ),
+    ],
+)
+def test_pack_refuses(arguments, error, message):
+    with pytest.raises(error, match=f"^pack: {message}"):
+        pack(**arguments)
+
+
+def test_forward_packed_refuses():
+    model, ids, pixels = build(), texts(), images()
+    layout = pack(LENGTHS, windows(), **MIXTURES["all"])
+    cases = [
+        ((None, pixels), {}, ValueError, "input_ids must be given for a layout of texts, and only then, got None"),
+        ((ids[:4], pixels), {}, ValueError, r"input_ids must be the layout's \(5, 196 or more\), got \(4, 196\)"),
+        ((ids[:, :100], pixels), {}, ValueError, r"input_ids must be the layout's .* got \(5, 100\)"),
+        ((ids, None), {}, ValueError, "pixel_values must be the layout's images .2 of 24 px, 1 of 32 px.*got none"),
+        ((ids, pixels[:3]), {}, ValueError, "pixel_values must be the layout's images .*got 2 of 24 px, 1 of 32 px"),
+        ((ids, pixels), {"bool_masked_pos": torch.ones(4, 9).bool()}, ValueError, "come with images of one size"),
+    ]
+    for inputs, options, error, message in cases:
+        with pytest.raises(error, match=f"^MoMETransformer.forward_packed: .*{message}"):
+            model.forward_packed(layout, *inputs, **options)
+    with pytest.raises(ValueError, match="layout must be without vl_branch where num_vl_layers is 0"):
+        build(num_vl_layers=0).forward_packed(pack([3], vl_branch=True), ids[:1, :3])

@@ -120,7 +120,7 @@ class MoMETransformer(nn.Module):
             raise TypeError(f"MoMETransformer: config must be a MoMEConfig, got {type(config).__name__}")
         self.config = config
         self.gradient_checkpointing = False
-        self._kept_biases: dict[tuple[object, ...], LayerBiases] = {}
+        self._kept_biases: dict[tuple[int, tuple[int, ...]], tuple[Tensor, int, LayerBiases]] = {}
         width = config.hidden_size
 
         def projection(wanted: bool) -> nn.Linear | None:
@@ -249,7 +249,7 @@ class MoMETransformer(nn.Module):
 
         num_layers, first_vl_layer = len(self.blocks), self.config.first_vl_layer
         is_pair = len(parts) > 1
-        states, vl_states, branch_point = [rows.padded(x)], [], x
+        states, vl_states, branch_point = [rows.padded(x)] if output_hidden_states else [], [], x
         for layer in range(num_layers):
             if layer == first_vl_layer:
                 branch_point = x
@@ -394,21 +394,36 @@ class MoMETransformer(nn.Module):
         return self.image_embeddings(pixel_values, window, bool_masked_pos) + image_type
 
     def _biases(self, num_text: int, windows: tuple[int, ...]) -> LayerBiases | None:
-        """The biases of all layers; in evaluation without gradients those of the last few shapes are kept."""
+        """The biases of all layers.
+
+        In evaluation without gradients those of the last few shapes are kept, until the table changes or `train` or
+        `eval` is called (which code that writes through `.data`, unseen by autograd, should do).
+        """
         module = self.relative_position_bias
         if module is None:
             return None
         table = module.table
-        if self.training or torch.is_grad_enabled() or not _values_are_visible(table.detach()):
+        traced = torch.compiler.is_compiling() or type(table.detach()) is not Tensor
+        if self.training or torch.is_grad_enabled() or traced:
             return module(num_text, windows)
-        key = (num_text, windows, id(table), table._version, table.device, table.dtype)
-        biases = self._kept_biases.get(key)
-        if biases is None:
+        key = (num_text, windows)
+        kept_table, kept_version, biases = self._kept_biases.pop(key, (None, 0, None))
+        if kept_table is not table or kept_version != table._version or biases is None:
             biases = module(num_text, windows)
+        if not (table.is_cuda and torch.cuda.is_current_stream_capturing()):  # a captured graph owns what it computes
             while len(self._kept_biases) >= NUM_KEPT_BIASES:
                 self._kept_biases.pop(next(iter(self._kept_biases)))
-            self._kept_biases[key] = biases
+            self._kept_biases[key] = (table, table._version, biases)
         return biases
+
+    def _apply(self, *args: Any, **kwargs: Any) -> MoMETransformer:
+        """What `to`, `half`, `cuda` and the like come down to; they replace the table's data unseen."""
+        self._kept_biases.clear()
+        return super()._apply(*args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """As in torch, without what evaluation keeps."""
+        return {**self.__dict__, "_kept_biases": {}}
 
     def train(self, mode: bool = True) -> MoMETransformer:
         """As in torch; drops what evaluation keeps from one call to the next."""

@@ -66,6 +66,11 @@ def triton_interprets() -> bool:
     return os.environ.get("TRITON_INTERPRET") in ("1", "true", "on")
 
 
+def _by_name(problem: Problem) -> bool:
+    """Not automatic: compiled and inspected, interpreted where it can be, but not run on a GPU yet."""
+    return False
+
+
 def _everywhere(why: str) -> Callable[[Problem], tuple[bool, str]]:
     return lambda problem: (True, why)
 
@@ -160,11 +165,6 @@ def _is_missing(candidate: _Implementation) -> bool:
     return candidate.extension is not None and not _is_built(candidate.extension)
 
 
-def _by_name(problem: Problem) -> bool:
-    """Not automatic: compiled and inspected, but not run on a GPU yet."""
-    return False
-
-
 _LOG_SUM_EXP = (
     _Implementation("cpu", _cpu_extension, extension="cpu"),
     _Implementation("cuda-sm90a", _cuda_tiles(9, 9, "tiles by TMA and WGMMA, S never stored"), _by_name, "cuda"),
@@ -186,7 +186,7 @@ _IMPLEMENTATIONS: dict[str, tuple[_Implementation, ...]] = {
         _Implementation("xformers", _takes_xformers, automatic=lambda problem: False),
     ),
     "packed_attention": (
-        _Implementation("triton", _triton_attention, automatic=lambda problem: problem.device == "cuda"),
+        _Implementation("triton", _triton_attention, _by_name),
         _Implementation(
             "sdpa",
             _everywhere("torch's fused attention, a call for each shape of sequence; backward written out"),
@@ -200,11 +200,7 @@ _IMPLEMENTATIONS: dict[str, tuple[_Implementation, ...]] = {
         _Implementation("eager", _everywhere("the reference: a loop over the sequences")),
     ),
     "mome_ffn": (
-        _Implementation(
-            "triton",
-            _triton_ffn,
-            automatic=lambda problem: problem.device == "cuda" and problem.dtype != torch.float32,
-        ),
+        _Implementation("triton", _triton_ffn, _by_name),
         _Implementation("torch", _everywhere("matrix products group by group, nothing concatenated; no GELU saved")),
         _Implementation("eager", _everywhere("the reference: a loop over the experts")),
     ),
