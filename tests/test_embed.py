@@ -78,7 +78,7 @@ def test_images_and_texts(collection, capsys):
     report = run(capsys, collection, "out.safetensors", *both(collection))
     tensors = load_file(collection / "out.safetensors")
     with safe_open(collection / "out.safetensors", "pt") as file:
-        images, texts = (json.loads(file.metadata()[name]) for name in ("images", "texts"))
+        images, texts = (json.loads(file.metadata()["items"])[name] for name in ("images", "texts"))
     assert texts == TEXTS
     assert images == sorted(str(path) for path in (collection / "photos").rglob("*.png"))
     for ours, theirs in zip(

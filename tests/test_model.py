@@ -1155,13 +1155,20 @@ def test_deepcopy_and_pickle():
 @positions
 @pytest.mark.parametrize("path", PATHS)
 def test_compiles_whole(kind, path):
-    """One graph per path, no break; the traced eager code gives the same bits."""
+    """One graph per path, no break, with the same ops; the traced eager code gives the same bits."""
     torch._dynamo.reset()
-    model = shared(kind)
-    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    model, targets = shared(kind), []
+
+    def backend(graph, _):
+        targets.extend(str(node.target) for node in graph.graph.nodes)
+        return graph
+
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
     arguments = inputs()
     for a, b in zip(tensors(run(compiled, path, *arguments)), tensors(run(model, path, *arguments)), strict=True):
         assert torch.equal(a, b)
+    calls = sum("mome_ffn" in target for target in targets)
+    assert calls == (6 if path.endswith("_vl") else 4)  # one for each block that ran
 
 
 def test_compiles_with_interpolation_and_gradients():

@@ -35,7 +35,7 @@ Embed images and texts with the dual encoder: unit-norm vectors whose dot produc
 
 MODEL is a folder (save_pretrained, or vlmo-fast convert) or a released checkpoint with a contrastive head. OUT's suffix
 says the format:
-  .safetensors  image_embeds (N, D), text_embeds (M, D); the items, as JSON lists, in the metadata 'images' and 'texts'
+  .safetensors  image_embeds (N, D), text_embeds (M, D); the items in the metadata 'items', as JSON
   .npy          one array (N, D), of images or of texts; the items in OUT.json
   .parquet      rows of kind ('image' or 'text'), item, embedding
 
@@ -252,7 +252,8 @@ def _write(out: Path, embeds: dict[str, Tensor], kept: dict[str, list[str]]) -> 
         from safetensors.torch import save_file
 
         tensors = {f"{kind}_embeds": x for kind, x in embeds.items()}
-        metadata = {f"{kind}s": json.dumps(kept[kind]) for kind in embeds}
+        # One entry: several would come out in an order of their own each time.
+        metadata = {"items": json.dumps({f"{kind}s": kept[kind] for kind in embeds})}
         write_whole(out, lambda path: save_file(tensors, path, metadata))
     elif out.suffix == ".npy":
         import numpy as np

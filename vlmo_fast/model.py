@@ -733,6 +733,11 @@ class MoMEBlock(nn.Module):
         return rows.per_row(keep.expand(-1, 2))
 
 
+def _function(method: Any) -> Any:
+    """The function of a bound method; None for any other callable."""
+    return getattr(method, "__func__", None)
+
+
 def _scaled(branch: Tensor, layer_scale: Tensor | None, row_scale: Tensor | None) -> Tensor:
     branch = branch if layer_scale is None else layer_scale * branch
     return branch if row_scale is None else row_scale[:, None] * branch
@@ -794,7 +799,7 @@ class Expert(nn.Module):
             type(module) is kind
             and not module._forward_hooks
             and not module._forward_pre_hooks
-            and getattr(module.forward, "__func__", None) is kind.forward
+            and ("forward" not in module.__dict__ or _function(module.__dict__["forward"]) is kind.forward)
             for module, kind in kinds
         )
 
