@@ -156,10 +156,13 @@ def _cuda() -> _Rules:
     ]
     # -DNDEBUG: with its assertions, CUTLASS's loop makes ptxas serialise wgmma (C7510). -v: registers and spills.
     flags = "-std=c++20 -O3 -DNDEBUG -Xcompiler -fPIC,-fvisibility=hidden -Xptxas -v"
+    # libtorch.so has no symbol of its own and would be left out, but a torch with CUDA brings libtorch_cuda.so by it.
+    # In one -Xlinker: nvcc moves libraries behind all of those.
+    libraries = "-Xlinker --push-state,--no-as-needed,-ltorch,--pop-state -ltorch_cpu -lc10"
     return _Rules(
         cxx="false",
         nvcc=f"{_quote(nvcc)} {flags} -isystem {_quote(torch / 'include')} $flags -MD -MF $out.d -c $in -o $out",
-        link=f"{_quote(nvcc)} -shared -cudart static $in -L{_quote(torch / 'lib')} -ltorch -ltorch_cpu -lc10 -o $out",
+        link=f"{_quote(nvcc)} -shared -cudart static $in -L{_quote(torch / 'lib')} {libraries} -o $out",
         objects=objects,
     )
 

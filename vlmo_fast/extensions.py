@@ -1,6 +1,7 @@
 """The compiled libraries of `csrc/`: where they lie, whether they are built, how they are loaded.
 
-A library's name holds a digest of its sources, so one that was built from other sources counts as not built.
+A library's name holds a digest of its sources and of the module that compiles them, so one that was built from others,
+or with other flags, counts as not built.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ def sources(name: str) -> list[Path]:
 def library(name: str) -> Path:
     """Where `vlmo-fast build` puts the library, whether or not it is there."""
     digest = hashlib.sha256()
-    for path in sources(name):
+    for path in [*sources(name), Path(__file__).with_name("build.py")]:
         digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
     return FOLDER / f"vlmo_fast_{name}-{digest.hexdigest()[:12]}.so"
 
