@@ -517,6 +517,20 @@ def test_no_draw_is_a_positive(with_ids: bool) -> None:
         assert (own[1][drawn.text_ids] != own[0]).all()
 
 
+@pytest.mark.parametrize("num_columns", [1, 2, 3, 256, 1000])
+def test_running_sums_never_fall(num_columns: int) -> None:
+    """Nor move to the bit across a weight of 0, from 1e-30 to 1: what is found by them has a weight."""
+    from vlmo_fast.ops import _sampling
+
+    weights = 10 ** (-30 * torch.rand(50, num_columns, dtype=torch.float64)) * (torch.rand(50, num_columns) < 0.7)
+    sums = _sampling._running_sums(weights)
+    torch.testing.assert_close(sums[:, :num_columns], weights.cumsum(1), rtol=1e-14, atol=0)
+    steps = torch.nn.functional.pad(sums, (1, 0)).diff(dim=1)
+    assert (steps >= 0).all()
+    assert (steps[:, :num_columns][weights == 0] == 0).all()
+    assert (steps[:, num_columns:] == 0).all()
+
+
 def test_extreme_uniforms_find_a_weight() -> None:
     """0 and the largest number below 1 give the first and the last column whose weight is not 0."""
     from vlmo_fast.ops import _sampling

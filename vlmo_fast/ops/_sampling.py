@@ -49,7 +49,8 @@ def sample_hard_negatives(
         s = (logit_scale * image_embeds @ text_embeds.T).masked_fill(positive, -inf)
         s.softmax(0).T.multinomial(1), s.softmax(1).multinomial(1)
 
-    One uniform number of float64 a draw decides, first among sums over tiles, then within the tile.
+    One uniform number of float64 a draw decides, first among sums over tiles, then within the tile. The same generator
+    state gives the same draws.
 
     Args:
         image_embeds: unit-norm embeddings, (N, P), any float dtype.
@@ -142,9 +143,26 @@ def _locate(weights: Tensor, fraction: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         How far within the weight found, in [0, 1), float64; and its index, int64.
     """
-    ends = weights.cumsum(1)  # (R, K) float64
+    ends = _running_sums(weights)  # (R, K or a few more)
     target = (fraction * ends[:, -1])[:, None]
     index = torch.searchsorted(ends, target, right=True)  # the first that exceeds the target, so its weight is not 0
     weight = weights.gather(1, index)
     inside = (target - (ends.gather(1, index) - weight)) / weight
     return inside.squeeze(1).clamp(0, 1 - 2**-53), index.squeeze(1)
+
+
+def _running_sums(weights: Tensor) -> Tensor:
+    """Cumulative sums of each row, zeros appended up to a power of two: (R, 2^n).
+
+    They never fall, and stay the same to the bit across a weight of 0. On CUDA torch's cumsum promises neither, nor the
+    same sums in every run: `torch.use_deterministic_algorithms` refuses it.
+    """
+    num_rows, num_columns = weights.shape
+    sums = weights.new_zeros(num_rows, 1 << (num_columns - 1).bit_length())
+    sums[:, :num_columns] = weights
+    half = 1
+    while half < sums.shape[1]:
+        first, second = sums.view(num_rows, -1, 2, half).unbind(2)
+        second += first[:, :, -1:]  # what precedes the second half of each piece is the sum of its first half
+        half *= 2
+    return sums
