@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import pytest
@@ -12,8 +12,8 @@ from tolerances import check
 from torch import Tensor
 from torch.nn import functional as F
 
-from vlmo_fast import ops
-from vlmo_fast.ops import _contrastive, _similarity, reference
+from vlmo_fast import extensions, ops
+from vlmo_fast.ops import _contrastive, _similarity, _similarity_tiles, reference
 
 IMPLEMENTATIONS = ["chunked", "cpu"]
 
@@ -84,6 +84,7 @@ CASES = [
     Case("a tile, and base_plus's width", 128, 128, 544),
     Case("beyond a tile", 129, 129, 768),
     Case("large's width", 1000, 1000, 1024),
+    Case("the widest that the tile kernels are made for", 129, 129, 2048),
     Case("many blocks", 4096, 4096, 64, 100.0),
     Case("scale 1", 129, 129, 64, 1.0),
     Case("all similarities low: a fixed shift underflows", 200, 200, 256, 100.0, low),
@@ -176,6 +177,29 @@ def test_loss_and_gradients(case: Case, backend: str) -> None:
                 dtype,
                 condition=float(similarities.abs().max()),
             )
+
+
+@pytest.mark.usefixtures("small_blocks")
+@each_implementation
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.why)
+def test_lse(case: Case, backend: str) -> None:
+    """The log-sum-exps of the same problems, of all similarities and of the negatives."""
+    image, text = (x.to(case.dtype) for x in case.embeddings(case.rows, case.columns, case.width))
+    scale, ids = torch.tensor(case.scale), ids_of(case)
+    if case.dtype == torch.float64:
+        scale, backend = scale.double(), "auto"
+    condition = float((case.scale * image.double() @ text.double().t()).abs().max())
+    dtype = torch.promote_types(case.dtype, torch.float32)
+    for keywords, excluded in (({}, ()), (ids or {"exclude_diagonal": True}, (*ids.values(),) or (None, None, 0))):
+        ours = ops.contrastive_lse(image, text, scale, **keywords, backend=backend)
+        exact = reference.contrastive_lse(*(x.double() for x in (image, text, scale)), *excluded)
+        eager = reference.contrastive_lse(image, text, scale, *excluded)
+        for name, a, b, c in zip(ours._fields, ours, exact, eager, strict=True):
+            nothing = b == -math.inf
+            assert torch.equal(a == -math.inf, nothing)
+            a, b, c = (x[~nothing] for x in (a, b, c))
+            assert a.dtype == dtype
+            check(name, a, b, unlucky(b, c), dtype, condition=condition)
 
 
 @each_implementation
@@ -399,6 +423,93 @@ def test_operations_are_counted(backend: str) -> None:
             loss.backward()
         assert forward == 2 * 64 * 64 * 8
         assert counter.get_total_flops() - forward == backward * 64 * 64 * 8
+
+
+# The tile kernels' surroundings
+
+
+@pytest.fixture
+def tiles_on_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The tile kernels' ops in torch, in small pieces, so that all that surrounds them runs without a GPU."""
+
+    def block_of(rows: Tensor, columns: Tensor, scale: Tensor, *vectors: Tensor | None) -> Tensor:
+        for operand in (rows, columns):
+            assert operand.is_contiguous() and operand.shape[1] % 8 == 0 and operand.data_ptr() % 16 == 0
+        assert all(vector is None or vector.is_contiguous() for vector in vectors)
+        return scale * rows.float() @ columns.float().t()
+
+    def sums(rows, columns, scale, row_ids, column_ids, diagonal, row_lse, top, total, arch):
+        block = block_of(rows, columns, scale, row_ids, column_ids, row_lse, top, total)
+        excluded = _similarity.Excluded(row_ids, column_ids, diagonal)
+        _similarity.TorchEpilogue().sums(block, 0, excluded, row_lse, (top, total))
+
+    def gradient(rows, columns, scale, out, row_ids, column_ids, diagonal, *vectors_and_arch):
+        vectors = vectors_and_arch[:-1]
+        block = block_of(rows, columns, scale, row_ids, column_ids, out, *vectors)
+        excluded = _similarity.Excluded(row_ids, column_ids, diagonal)
+        _similarity.TorchEpilogue().gradient(block, block, 0, excluded, vectors[:2], vectors[2:])
+        out.copy_(block)
+
+    library = torch.library.Library("vlmo_fast", "IMPL")
+    library.impl("similarity_tile_sums_", sums, "CPU")
+    library.impl("similarity_tile_gradient_", gradient, "CPU")
+    monkeypatch.setattr(extensions, "load", lambda name: None)
+    # on a CPU torch has no product of halves with a float32 result
+    add = lambda total, left, right: total.add_(left.float() @ right.float())
+    monkeypatch.setattr(_similarity_tiles, "add_product", add)
+    monkeypatch.setattr(_similarity_tiles, "CACHED_BYTES", 2**15)
+    monkeypatch.setattr(_similarity_tiles, "PIECE_ROWS", 128)
+    monkeypatch.setattr(_similarity_tiles, "PIECE_COLUMNS", 192)
+    yield
+    library._destroy()
+
+
+@pytest.mark.usefixtures("tiles_on_cpu")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("excluded", ["nothing", "diagonal", "ids"])
+def test_what_surrounds_the_tile_kernels(excluded: str, dtype: torch.dtype) -> None:
+    """Launches, pieces of G, padding, strides, exclusion in pieces, the factor of float16: against float64."""
+    rows, columns = (300, 300) if excluded == "diagonal" else (300, 500)
+    image = unit(rows, 140, dtype=dtype)[:, ::2]  # 70 wide: neither contiguous nor a multiple of 8
+    text, scale = unit(columns, 70, dtype=dtype), torch.tensor(14.3)
+    ids = (torch.arange(rows) % 90, torch.arange(columns) % 70) if excluded == "ids" else (None, None)
+    diagonal = 0 if excluded == "diagonal" else None
+    weights = torch.rand(rows, dtype=torch.float64) / rows, torch.rand(columns, dtype=torch.float64) / columns
+
+    def of(row: Tensor, column: Tensor) -> Tensor:
+        return (weights[0].to(row) * row).sum() + (weights[1].to(column) * column).sum()
+
+    def ours(x: Tensor, y: Tensor, s: Tensor) -> Tensor:
+        return of(*_contrastive._lse(x, y, s, _similarity.Excluded(*ids, diagonal), 0, "cuda"))
+
+    lse_of = lambda x, y, s: of(*reference.contrastive_lse(x, y, s, *ids, diagonal))
+    found = differentiate(ours, image, text, scale)
+    exact = differentiate(lse_of, *(x.double() for x in (image, text, scale)))
+    eager = differentiate(lse_of, image, text, scale)
+    for what, a, b, c in zip(("value", "d image", "d text", "d scale"), found, exact, eager, strict=True):
+        # G is rounded to the embeddings' dtype, so theirs are all gradients' bounds
+        bounds = torch.float32 if what == "value" else dtype
+        check(what, a, b, c if c.ndim else unlucky(b, c), bounds, condition=14.3)
+
+
+def test_which_gpu_takes_which_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """WGMMA's machine code runs on Hopper alone, not on what followed; and nothing is automatic yet."""
+    from vlmo_fast.ops import dispatch
+
+    monkeypatch.setattr(dispatch, "_is_missing", lambda candidate: False)
+    takes = {"cuda": [(8, 0), (8, 9), (9, 0), (10, 0), (12, 0)], "cuda-sm90a": [(9, 0)]}
+    for capability in [(7, 5), (8, 0), (8, 9), (9, 0), (10, 0), (12, 0), None]:
+        problem = ops.Problem("cuda", torch.bfloat16, capability=capability)
+        assert ops.select("contrastive_loss", problem) == "chunked"
+        for backend, able in takes.items():
+            if capability in able:
+                assert ops.select("contrastive_loss", problem, backend) == backend
+            else:
+                with pytest.raises(NotImplementedError, match="needs compute capability"):
+                    ops.select("contrastive_loss", problem, backend)
+    for backend in takes:
+        with pytest.raises(NotImplementedError, match="take bfloat16 and float16"):
+            ops.select("contrastive_loss", ops.Problem("cuda", torch.float32, capability=(9, 0)), backend)
 
 
 # Refusals

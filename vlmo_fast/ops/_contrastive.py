@@ -69,6 +69,11 @@ def contrastive_loss(
     W times those of the loss). The released VLMo leaves the factor out, so that its encoders, though not its logit
     scale, learn from 1/W of the gradient: `gradient="release"`, also the one to take where gradients are summed.
 
+    Halves are multiplied with float32 sums; float32 exactly, or on CUDA as TF32 where
+    `torch.set_float32_matmul_precision("high")` allows it. On CUDA nothing waits for the device, so that a graph can
+    record it, and two runs agree to the bit. Not so with ids: to "exclude" positives, their number is waited for, and
+    their gradients are added in any order unless `torch.use_deterministic_algorithms` is on.
+
     Args:
         image_embeds: unit-norm embeddings, (N, P), any float dtype.
         text_embeds: unit-norm embeddings, (M, P); without ids, N = M and row i belongs to image i.
@@ -445,7 +450,9 @@ def _(
     kept: Tensor,
     implementation: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(rows), torch.empty_like(columns), torch.empty_like(logit_scale)
+    dtype = _similarity.wide(rows.dtype)
+    d_rows, d_columns = (x.new_empty(x.shape, dtype=dtype) for x in (rows, columns))
+    return d_rows, d_columns, torch.empty_like(logit_scale)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -460,7 +467,7 @@ def _differentiate(
     rows, columns, logit_scale, row_ids, column_ids, row_lse, column_lse, kept = ctx.saved_tensors
     row_weight = torch.zeros_like(row_lse) if row_weight is None else row_weight.contiguous()
     column_weight = torch.zeros_like(column_lse) if column_weight is None else column_weight.contiguous()
-    gradients = _contrastive_lse_backward(
+    d_rows, d_columns, d_scale = _contrastive_lse_backward(
         rows,
         columns,
         logit_scale,
@@ -474,7 +481,7 @@ def _differentiate(
         kept,
         ctx.implementation,
     )
-    return *gradients, None, None, None, None, None
+    return d_rows.to(rows.dtype), d_columns.to(columns.dtype), d_scale, None, None, None, None, None
 
 
 _contrastive_lse.register_autograd(_differentiate, setup_context=_setup_context)

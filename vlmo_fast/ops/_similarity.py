@@ -22,6 +22,7 @@ from vlmo_fast import extensions
 __all__ = [
     "CHUNK_BYTES",
     "Excluded",
+    "add_product",
     "backward",
     "blocks",
     "forward",
@@ -55,6 +56,11 @@ class Excluded(NamedTuple):
         column_ids = None if self.column_ids is None else self.column_ids.contiguous()
         return Excluded(row_ids, column_ids, None if self.diagonal is None else start + self.diagonal)
 
+    def of_columns(self, columns: slice) -> Excluded:
+        """The same for a range of the columns, for all rows."""
+        column_ids = None if self.column_ids is None else self.column_ids[columns]
+        return Excluded(self.row_ids, column_ids, None if self.diagonal is None else self.diagonal - columns.start)
+
     def apply(self, block: Tensor, start: int) -> Tensor:
         """Write -inf in place into a block of S that begins at row `start`."""
         if self.diagonal is not None:
@@ -87,6 +93,14 @@ def matmul(left: Tensor, right: Tensor) -> Tensor:
     if left.dtype in (torch.float16, torch.bfloat16):
         return torch.mm(left, right, out_dtype=torch.float32)
     return torch.mm(left, right)
+
+
+def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """Total += left @ right, in place: the product alone is never stored, which would be read and written once more."""
+    if left.dtype in (torch.float16, torch.bfloat16):
+        torch.addmm(total, left, right, out_dtype=torch.float32, out=total)
+    else:
+        total.addmm_(left, right)
 
 
 def similarities(rows: Tensor, columns: Tensor, logit_scale: Tensor) -> Tensor:
@@ -315,9 +329,8 @@ def backward(
         between: the implementation's part.
 
     Returns:
-        (N, D) and (M, D) in the inputs' dtype, and the 0-d gradient of the scale, float32 at least.
+        (N, D), (M, D) and 0-d, float32 at least: whoever adds up parts should round once.
     """
-    given = rows.dtype
     rows, columns = working(rows), working(columns)
     dtype = wide(rows.dtype)
     half = rows.dtype != dtype
@@ -338,14 +351,14 @@ def backward(
         if half:
             low = block.to(rows.dtype)
             d_rows[part] = matmul(low, columns)
-            d_columns += matmul(low.t(), rows[part])
+            add_product(d_columns, low.t(), rows[part])
         else:
             torch.mm(block, columns, out=d_rows[part])
-            d_columns.addmm_(block.t(), rows[part])
+            add_product(d_columns, block.t(), rows[part])
         d_scale += (d_rows[part] * rows[part]).sum(dtype=precise(rows))
     d_scale = (d_scale / factor).to(dtype)
     scale = logit_scale / factor
-    return d_rows.mul_(scale).to(given), d_columns.mul_(scale).to(given), d_scale
+    return d_rows.mul_(scale), d_columns.mul_(scale), d_scale
 
 
 def rounded(lse: Tensor, weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,7 @@
 """Row and column log-sum-exp of S, and their gradients, from tiles that tensor cores compute and nothing stores.
 
 The forward pass never writes S: kernels leave a maximum and a sum for each row and column of a 128 x 128 tile, which
-are joined in a fixed order. The backward pass writes G in half precision, a block of rows at a time, for two matmuls.
+are joined in a fixed order. The backward pass writes G in half precision, a piece at a time, for two matmuls.
 
 Compiled and inspected for sm_80 and sm_90a; not run on a GPU yet.
 """
@@ -13,12 +13,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vlmo_fast import extensions
-from vlmo_fast.ops._similarity import Excluded, blocks_of, in_range, matmul, precise, rounded, wide
+from vlmo_fast.ops._similarity import Excluded, add_product, blocks_of, in_range, precise, rounded, wide
 
 __all__ = ["ARCHITECTURES", "backward", "forward"]
 
 ARCHITECTURES = {"cuda": 80, "cuda-sm90a": 90}  # by implementation: mma.sync, or TMA and WGMMA
 WORKSPACE_BYTES = 2**28
+CACHED_BYTES = 2**24  # of rows in one launch: every 128 columns read them anew, so they must stay in the L2 cache
+# Rows and columns of a piece of G, 2^28 bytes. For each piece both gradients' parts are read and written: with D = 768
+# 1.1 bytes for each number of G, which itself takes 6.
+PIECE_ROWS, PIECE_COLUMNS = 2**13, 2**14
 
 _OF_BLOCK = "Tensor? row_ids, Tensor? column_ids, int? diagonal"
 torch.library.define(
@@ -51,7 +55,8 @@ def forward(
     total = rows.new_zeros(len(columns), dtype=precise(rows))
     left, right = _operand(rows), _operand(columns)
     # A maximum and a sum, float32, for each row and each column of each tile: R M / 8 bytes.
-    for part in blocks_of(len(rows), max(128, 8 * WORKSPACE_BYTES // len(columns))):
+    height = min(8 * WORKSPACE_BYTES // len(columns), CACHED_BYTES // (2 * left.shape[1]))
+    for part in blocks_of(len(rows), max(128, height)):
         torch.ops.vlmo_fast.similarity_tile_sums_(
             left[part],
             right,
@@ -79,34 +84,37 @@ def backward(
     dtype = wide(rows.dtype)
     row, column, factor = in_range(rounded(*row, dtype), rounded(*column, dtype), rows.dtype)
     left, right = _operand(rows), _operand(columns)
-    d_rows = torch.empty_like(rows, dtype=dtype, memory_format=torch.contiguous_format)
+    d_rows = torch.zeros_like(rows, dtype=dtype, memory_format=torch.contiguous_format)
     d_columns = torch.zeros_like(columns, dtype=dtype, memory_format=torch.contiguous_format)
     d_scale = rows.new_zeros((), dtype=precise(rows))
-    block = None
-    for part in blocks_of(len(rows), max(128, WORKSPACE_BYTES // (2 * len(columns)))):
-        if block is None:
-            block = rows.new_empty(part.stop - part.start, len(columns))  # the largest block is the first
-        block = block[: part.stop - part.start]
-        torch.ops.vlmo_fast.similarity_tile_gradient_(
-            left[part],
-            right,
-            logit_scale,
-            block,
-            *excluded.of_block(part.start, len(block)),
-            row[0][part],
-            row[1][part],
-            *column,
-            ARCHITECTURES[implementation],
-        )
-        d_rows[part] = matmul(block, columns)
-        d_columns += matmul(block.t(), rows[part])
+    workspace = rows.new_empty(min(len(rows), PIECE_ROWS) * min(len(columns), PIECE_COLUMNS))
+    for part in blocks_of(len(rows), PIECE_ROWS):
+        for piece in blocks_of(len(columns), PIECE_COLUMNS):
+            shape = part.stop - part.start, piece.stop - piece.start
+            block = workspace[: shape[0] * shape[1]].view(shape)  # of G
+            torch.ops.vlmo_fast.similarity_tile_gradient_(
+                left[part],
+                right[piece],
+                logit_scale,
+                block,
+                *excluded.of_columns(piece).of_block(part.start, len(block)),
+                row[0][part],
+                row[1][part],
+                column[0][piece],
+                column[1][piece],
+                ARCHITECTURES[implementation],
+            )
+            add_product(d_rows[part], block, columns[piece])
+            add_product(d_columns[piece], block.t(), rows[part])
         d_scale += (d_rows[part] * rows[part]).sum(dtype=precise(rows))
     d_scale = (d_scale / factor).to(dtype)
     scale = logit_scale / factor
-    return d_rows.mul_(scale).to(rows.dtype), d_columns.mul_(scale).to(columns.dtype), d_scale
+    return d_rows.mul_(scale), d_columns.mul_(scale), d_scale
 
 
 def _operand(tensor: Tensor) -> Tensor:
     """Contiguous, aligned to 16 bytes, and as wide as a multiple of 8: what TMA and cp.async read."""
-    tensor = F.pad(tensor, (0, -tensor.shape[1] % 8)).contiguous()
+    if tensor.shape[1] % 8:
+        tensor = F.pad(tensor, (0, -tensor.shape[1] % 8))
+    tensor = tensor.contiguous()
     return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
