@@ -7,14 +7,16 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from test_contrastive import differentiate, unlucky
+from tolerances import check
 from torch import Tensor, multiprocessing, nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from vlmo_fast import ops
-from vlmo_fast.distributed import average_gradients, fetch_samples
+from vlmo_fast.distributed import Ranks, average_gradients, fetch_samples, gather, pass_on
 from vlmo_fast.gradcache import cached_backward
-from vlmo_fast.ops import reference
+from vlmo_fast.ops import _contrastive, reference
 
 PAIRS, WIDTH = 6, 5  # on each rank
 
@@ -53,6 +55,8 @@ def check_rank(rank: int, size: int, rendezvous: str) -> None:
         group = dist.group.WORLD
         check_losses(rank, size, group)
         check_embeddings(rank, size, group)
+        check_halves(rank, size, group)
+        check_ring(rank, size, group)
         check_samples(rank, size, group)
         check_gradcache(rank, size, group)
         check_refusals(rank, size, group)
@@ -60,11 +64,13 @@ def check_rank(rank: int, size: int, rendezvous: str) -> None:
         dist.destroy_process_group()
 
 
-def check_losses(rank: int, size: int, group: dist.ProcessGroup) -> None:
+def check_losses(
+    rank: int, size: int, group: dist.ProcessGroup, kinds: tuple[str, ...] = ("pairs", "exclude", "average")
+) -> None:
     """Under DDP: the parameters' gradients are those of one process, or 1/W of them for the release's encoders."""
     batch = globally(size)
     own = slice(rank * PAIRS, (rank + 1) * PAIRS)
-    for kind, gradient in itertools.product(("pairs", "exclude", "average"), ("exact", "release")):
+    for kind, gradient in itertools.product(kinds, ("exact", "release")):
         alone = DualEncoder()
         positives = "average" if kind == "average" else "exclude"
         ids = (None, None) if kind == "pairs" else (batch["ids"], batch["ids"])
@@ -103,6 +109,50 @@ def check_embeddings(rank: int, size: int, group: dist.ProcessGroup) -> None:
     if rank == size - 1:
         bad[0, 0] = torch.nan
     assert ops.contrastive_loss(bad, text[own], scale, process_group=group).isnan()  # on every rank
+
+
+def check_halves(rank: int, size: int, group: dist.ProcessGroup) -> None:
+    """What the ranks add to a gradient is added in float32: bounds as for one process."""
+    torch.manual_seed(5)
+    for dtype in (torch.bfloat16, torch.float16):
+        image, text = (F.normalize(torch.randn(size * 20, 32), dim=-1).to(dtype) for _ in range(2))
+        scale = torch.tensor(14.3)
+        eager = differentiate(reference.contrastive_loss, image, text, scale)
+        exact = differentiate(reference.contrastive_loss, *(x.double() for x in (image, text, scale)))
+        own = slice(rank * 20, (rank + 1) * 20)
+        loss = lambda x, y, s: ops.contrastive_loss(x, y, s, process_group=group, gradient="release")
+        ours = differentiate(loss, image[own], text[own], scale)
+        condition = 14.3
+        check("loss", ours[0], exact[0], unlucky(exact[0], eager[0]), condition=condition)
+        for what, place in (("d image", 1), ("d text", 2)):
+            check(what, ours[place], exact[place][own], eager[place][own], condition=condition)
+
+
+def check_ring(rank: int, size: int, group: dist.ProcessGroup) -> None:
+    """Everything about pairs once more, each rank's texts passing by; no rank ever holds those of all."""
+    arriving = pass_on(torch.full((2,), rank), Ranks.of(group))
+    assert arriving().tolist() == [(rank + 1) % size] * 2
+
+    def gather_ids(tensor: Tensor, ranks: Ranks) -> Tensor:
+        assert not tensor.is_floating_point(), "texts were gathered"
+        return gather(tensor, ranks)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_contrastive, "GATHERED_BYTES", 0)
+        patch.setattr(_contrastive, "gather", gather_ids)
+        check_losses(rank, size, group, kinds=("pairs",))
+        check_embeddings(rank, size, group)
+        check_halves(rank, size, group)
+        x = torch.randn(PAIRS, WIDTH)
+        with pytest.raises(AssertionError, match="texts were gathered"):  # with ids they are, whatever they take
+            ops.contrastive_loss(
+                x,
+                x,
+                torch.tensor(1.0),
+                image_ids=torch.arange(PAIRS),
+                text_ids=torch.arange(PAIRS),
+                process_group=group,
+            )
 
 
 def check_samples(rank: int, size: int, group: dist.ProcessGroup) -> None:
@@ -162,6 +212,10 @@ def check_refusals(rank: int, size: int, group: dist.ProcessGroup) -> None:
         ops.contrastive_loss(x, x, scale, process_group=group)
     with pytest.raises(NotImplementedError, match="the reference computes the batch of one process"):
         ops.contrastive_loss(x, x, scale, process_group=group, backend="eager")
+    with pytest.raises(
+        ValueError, match=rf"^fetch_samples: indices must be in \[0, {3 * size}\), got \[0, {3 * size}\]"
+    ):
+        fetch_samples(x[:3], torch.tensor([0, 3 * size]), group)
     ids = torch.full((3,), rank)
     texts = torch.full((3,), 0)  # the other ranks' images have no text
     assert ops.contrastive_loss(x[:3], x[:3], scale, image_ids=ids, text_ids=texts, process_group=group).isnan()

@@ -5,14 +5,14 @@ Each rank holds n images and n texts (the same n on every rank); the global batc
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-__all__ = ["Ranks", "average_gradients", "fetch_samples", "gather", "log_sum_exp", "scale_gradient"]
+__all__ = ["Ranks", "average_gradients", "fetch_samples", "gather", "log_sum_exp", "pass_on", "scale_gradient"]
 
 
 class Ranks(NamedTuple):
@@ -66,9 +66,40 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        given = grad.dtype
+        grad = grad.to(torch.promote_types(given, torch.float32))  # a sum over ranks in halves would round at each rank
         own = grad.new_empty((len(grad) // ctx.ranks.size, *grad.shape[1:]))
         dist.reduce_scatter_tensor(own, grad.contiguous(), group=ctx.ranks.group)
-        return own, None
+        return own.to(given), None
+
+
+def pass_on(tensor: Tensor, ranks: Ranks, tag: int = 0) -> Callable[[], Tensor]:
+    """Send the tensor to the rank before and receive what the rank after sends: after s times it is that of rank + s.
+
+    Args:
+        tensor: contiguous, of one shape on every rank; must not change before the result was called.
+        ranks: the group, of at least two.
+        tag: of transfers that are under way at the same time.
+
+    Returns:
+        Waits for the tensor that arrives (on an accelerator its stream does, not the host) and gives it.
+    """
+    assert ranks.group is not None
+    before, after = (dist.get_global_rank(ranks.group, (ranks.rank + step) % ranks.size) for step in (-1, 1))
+    arriving = torch.empty_like(tensor)
+    transfers = dist.batch_isend_irecv(
+        [
+            dist.P2POp(dist.isend, tensor, before, ranks.group, tag),
+            dist.P2POp(dist.irecv, arriving, after, ranks.group, tag),
+        ]
+    )
+
+    def wait() -> Tensor:
+        for transfer in transfers:
+            transfer.wait()
+        return arriving
+
+    return wait
 
 
 def log_sum_exp(parts: Tensor, ranks: Ranks) -> Tensor:
@@ -127,8 +158,14 @@ def fetch_samples(samples: Tensor, indices: Tensor, process_group: dist.ProcessG
 
     Returns:
         (K, ...). No gradient flows. The host waits once, for how many rows each rank wants of each other.
+
+    Raises:
+        ValueError: an index is out of range; on a GPU indices are not looked at.
     """
     ranks = Ranks.of(process_group)
+    count = ranks.size * len(samples)
+    if indices.device.type == "cpu" and ((indices < 0) | (indices >= count)).any():
+        raise ValueError(f"fetch_samples: indices must be in [0, {count}), got {indices.tolist()}")
     samples = samples.detach()
     if ranks.size == 1:
         return samples[indices]

@@ -7,15 +7,16 @@ the same log-sum-exps serve the hard negatives.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.utils.flop_counter import register_flop_formula
 
-from vlmo_fast.distributed import Ranks, gather, log_sum_exp, scale_gradient
+from vlmo_fast.distributed import Ranks, gather, log_sum_exp, pass_on, scale_gradient
 from vlmo_fast.ops import _similarity, _similarity_tiles, reference
 from vlmo_fast.ops._similarity import Excluded
 from vlmo_fast.ops.dispatch import Problem, select
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 __all__ = ["ContrastiveLSE", "contrastive_loss", "contrastive_lse"]
+
+GATHERED_BYTES = 2**30  # of the texts of all ranks; beyond it they pass from rank to rank. 700,000 of bfloat16, D = 768
 
 
 class ContrastiveLSE(NamedTuple):
@@ -82,9 +85,11 @@ def contrastive_loss(
         text_ids: (M,) int64, what each text describes; with `image_ids` or not at all.
         positives: "exclude" or "average", for a row with several positives. Without ids they are the same.
         process_group: of `torch.distributed`, or None for this process's batch alone. The same N and M on every rank.
+            Each gathers the texts of all. Without ids, where those take more than a gigabyte, they pass from rank to
+            rank instead, and none holds more than two ranks' at a time.
         gradient: "exact" or "release", with a process group.
         workspace_bytes: memory that may hold similarities from the forward for the backward pass, which then need not
-            be computed again: N M 4 bytes for all of them.
+            be computed again: N M 4 bytes for all of them. Not used where texts pass from rank to rank.
         backend: "auto", or the name of an implementation.
 
     Returns:
@@ -312,7 +317,9 @@ class _Batch:
         self.ranks, self.images, self.own_texts = ranks, images, texts
         self.dtype = _similarity.wide(images.dtype)
         self.logit_scale = logit_scale.to(images.device, self.dtype)
-        self.texts = gather(texts, ranks)  # (M, P) of all ranks
+        # With ids a positive may be any rank's, and its embedding is needed once more after the log-sum-exps.
+        self.in_ring = image_ids is None and ranks.size > 1 and ranks.size * texts.nbytes > GATHERED_BYTES
+        self.texts = texts if self.in_ring else gather(texts, ranks)  # (M, P) of all ranks, in a ring this rank's own
         self.image_ids = image_ids
         self.text_ids = None if text_ids is None else gather(text_ids, ranks)
         self.num_images = ranks.size * len(images)
@@ -324,7 +331,10 @@ class _Batch:
             excluded = Excluded(diagonal=self.ranks.own(len(self.own_texts)).start)
         else:
             excluded = Excluded() if average else Excluded(self.image_ids, self.text_ids)
-        lse = _lse(self.images, self.texts, self.logit_scale, excluded, workspace_bytes, implementation)
+        if self.in_ring:
+            lse = ContrastiveLSE(*_RingLSE.apply(self.images, self.texts, self.logit_scale, self.ranks, implementation))
+        else:
+            lse = _lse(self.images, self.texts, self.logit_scale, excluded, workspace_bytes, implementation)
         lse = ContrastiveLSE(lse.image_lse, log_sum_exp(lse.text_lse, self.ranks))
         if self.image_ids is None or self.text_ids is None:
             loss = self._of_diagonal(lse)
@@ -497,6 +507,76 @@ def _lse_backward_flop(rows: list[int], columns: list[int], *rest: Any, out_shap
     """Two products, and S again where it was not kept."""
     (kept_rows, _columns), *_implementation = rest[8:]
     return 2 * (2 * rows[0] + rows[0] - kept_rows) * columns[0] * rows[1]
+
+
+# The log-sum-exps of several ranks, their texts passing from one to the next
+
+
+class _RingLSE(torch.autograd.Function):
+    """As `_lse` of this rank's images and the texts of all ranks, each text's own image left out.
+
+    A rank holds two ranks' texts at a time, and in the backward pass their gradients, which travel with them, instead
+    of the texts of all: O(N / W) instead of O(N). Blocks are on their way while others are worked on.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, images: Tensor, texts: Tensor, logit_scale: Tensor, ranks: Ranks, implementation: str
+    ) -> tuple[Tensor, Tensor]:
+        ctx.ranks, ctx.implementation = ranks, implementation
+        row_lse: Tensor | None = None
+        column_lse: dict[int, Tensor] = {}  # of each rank's texts, over this rank's images
+        for owner, block in _visitors(texts, ranks):
+            diagonal = (ranks.rank - owner) * len(texts)
+            of_rows, column_lse[owner], _ = _contrastive_lse(
+                images, block, logit_scale, None, None, diagonal, 0, implementation
+            )
+            row_lse = of_rows if row_lse is None else torch.logaddexp(row_lse, of_rows)
+        assert row_lse is not None
+        lse = row_lse, torch.cat([column_lse[owner] for owner in range(ranks.size)])
+        ctx.save_for_backward(images, texts, logit_scale, *lse)
+        return lse
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, row_weight: Tensor, column_weight: Tensor) -> tuple[Tensor | None, ...]:
+        images, texts, logit_scale, row_lse, column_lse = ctx.saved_tensors
+        ranks: Ranks = ctx.ranks
+        dtype = _similarity.wide(images.dtype)
+        d_images, d_scale = torch.zeros_like(images, dtype=dtype), torch.zeros_like(logit_scale)
+        nothing_kept = images.new_empty((0, len(texts)), dtype=dtype)
+        travelling: Callable[[], Tensor] | None = None  # the gradient of the texts that were here before
+        for owner, block in _visitors(texts, ranks):
+            part = slice(owner * len(texts), (owner + 1) * len(texts))
+            of_images, of_texts, of_scale = _contrastive_lse_backward(
+                images,
+                block,
+                logit_scale,
+                None,
+                None,
+                (ranks.rank - owner) * len(texts),
+                row_lse,
+                row_weight.contiguous(),
+                column_lse[part],
+                column_weight[part].contiguous(),
+                nothing_kept,
+                ctx.implementation,
+            )
+            d_images += of_images
+            d_scale += of_scale
+            travelling = pass_on(of_texts if travelling is None else travelling().add_(of_texts), ranks, tag=1)
+        assert travelling is not None  # after as many steps as ranks a gradient is where its texts are
+        return d_images.to(images.dtype), travelling().to(texts.dtype), d_scale, None, None
+
+
+def _visitors(texts: Tensor, ranks: Ranks) -> Iterator[tuple[int, Tensor]]:
+    """Each rank and its texts, this rank's first; the next are already on their way."""
+    block = texts.contiguous()
+    for step in range(ranks.size):
+        arriving = pass_on(block, ranks) if step + 1 < ranks.size else None
+        yield (ranks.rank + step) % ranks.size, block
+        if arriving is not None:
+            block = arriving()
 
 
 # vlmo_fast::contrastive_positives: the terms of all pairs of equal ids, a block of pairs at a time
