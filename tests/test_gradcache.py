@@ -88,6 +88,60 @@ def test_gradients_are_those_of_the_whole_batch(chunk_size: int) -> None:
             torch.testing.assert_close(a.grad, b.grad, rtol=1e-9, atol=1e-12)
 
 
+def test_a_batch_of_thousands() -> None:
+    """2,048 pairs, 100 at a time, with dropout: the gradients of one step over all."""
+    images, texts = torch.randn(2048, 12, dtype=torch.float64), torch.randn(2048, 10, dtype=torch.float64)
+    weights = [torch.randn(size, 8, dtype=torch.float64) for size in (12, 10)]
+
+    def leaves() -> tuple[Tensor, Tensor, Tensor]:
+        image, text = (weight.clone().requires_grad_() for weight in weights)
+        return image, text, torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
+
+    def encode(x: Tensor, weight: Tensor) -> Tensor:
+        return F.normalize(F.dropout(x @ weight, 0.1), dim=-1)
+
+    image, text, log_scale = cached = leaves()
+    torch.manual_seed(2)
+    loss = cached_backward(
+        [lambda x: encode(x, image), lambda x: encode(x, text)],
+        [images, texts],
+        lambda x, y: ops.contrastive_loss(x, y, log_scale.exp()),
+        chunk_size=100,
+    )
+    whole = leaves()
+    torch.manual_seed(2)
+    embeds = [
+        torch.cat([encode(part, weight) for part in batch.split(100)])
+        for batch, weight in zip((images, texts), whole[:2], strict=True)
+    ]
+    wanted = ops.contrastive_loss(*embeds, whole[2].exp())
+    wanted.backward()
+    torch.testing.assert_close(loss, wanted.detach(), rtol=1e-13, atol=0)
+    for a, b in zip(cached, whole, strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-10, atol=1e-13)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("chunks_on", ["cpu", "cuda"])
+def test_random_state_of_a_gpu(chunks_on: str) -> None:
+    """Dropout on the GPU, whether chunks lie there or the encoder takes them there."""
+    weight = torch.randn(6, 6, device="cuda")
+    inputs = [torch.randn(40, 6, device=chunks_on) for _ in range(2)]
+    scale = torch.tensor(5.0, device="cuda")
+    gradients = []
+    for cached in (True, False):
+        leaf = weight.clone().requires_grad_()
+        encoder = lambda x, w=leaf: F.normalize(F.dropout(x.cuda() @ w, 0.3), dim=-1)
+        loss = lambda x, y: ops.contrastive_loss(x, y, scale)
+        torch.cuda.manual_seed(3)
+        if cached:
+            cached_backward([encoder, encoder], inputs, loss, chunk_size=7)
+        else:
+            loss(*(torch.cat([encoder(part) for part in batch.split(7)]) for batch in inputs)).backward()
+        gradients.append(leaf.grad)
+    torch.testing.assert_close(*gradients)
+
+
 def test_the_random_state_matters() -> None:
     """What would happen without replaying: other masks in the second pass, other gradients."""
     model = Encoders()

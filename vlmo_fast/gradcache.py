@@ -79,10 +79,16 @@ def cached_backward(
 
 
 class _RandomState:
-    """The state of torch's generators as it is now: the CPU's, and those of the devices that a chunk lies on."""
+    """The state of torch's generators as it is now: the CPU's, and those of the devices that a chunk lies on.
+
+    And that of the current device, where an encoder may take a chunk that does not lie there yet.
+    """
 
     def __init__(self, part: Any) -> None:
-        self.devices = sorted({tensor.device.index for tensor in _tensors(part) if tensor.is_cuda})
+        devices = {tensor.device.index for tensor in _tensors(part) if tensor.is_cuda}
+        if torch.cuda.is_initialized():
+            devices.add(torch.cuda.current_device())
+        self.devices = sorted(devices)
         self.cpu = torch.get_rng_state()
         self.cuda = [torch.cuda.get_rng_state(device) for device in self.devices]
 
