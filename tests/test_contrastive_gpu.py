@@ -1,19 +1,29 @@
 """The contrastive ops on a CUDA device: `pytest -m gpu -k contrastive`. Not run on a GPU yet."""
 
-import subprocess
-import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
-from test_contrastive import antipodal, differentiate, duplicated, low, matched, random, unlucky
+from scipy.stats import chisquare
+from test_contrastive import (
+    antipodal,
+    brute_force_ranks,
+    differentiate,
+    duplicated,
+    low,
+    matched,
+    random,
+    unit,
+    unlucky,
+)
 from tolerances import check
 from torch import Tensor
 
-from vlmo_fast import build, extensions, ops
-from vlmo_fast.ops import reference
+from vlmo_fast import build, ops
+from vlmo_fast.ops import _sampling, _similarity, _similarity_tiles, reference
 
-ROOT = Path(__file__).resolve().parents[1]
 TILES = ("cuda", "cuda-sm90a")
 
 pytestmark = pytest.mark.gpu
@@ -81,6 +91,76 @@ def test_contrastive_loss_and_gradients(
         check(what, a, b, c if c.ndim else unlucky(b, c), bounds, condition=condition)
 
 
+@pytest.mark.parametrize("backend", [*TILES, "cuda-blocks", "chunked"])
+@pytest.mark.parametrize("excluded", ["nothing", "diagonal", "ids"])
+@pytest.mark.parametrize("in_pieces", [False, True], ids=["whole", "in pieces"])
+def test_contrastive_lse_and_gradients(
+    backend: str, excluded: str, in_pieces: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """N != M, strided rows, a width of padding; one launch, and many."""
+    skip_unless_able(backend, torch.bfloat16)
+    if in_pieces:
+        monkeypatch.setattr(_similarity, "CHUNK_BYTES_DEVICE", 2**18)
+        monkeypatch.setattr(_similarity_tiles, "CACHED_BYTES", 2**15)
+        monkeypatch.setattr(_similarity_tiles, "PIECE_ROWS", 128)
+        monkeypatch.setattr(_similarity_tiles, "PIECE_COLUMNS", 192)
+    rows, columns = 300, 500
+    image, text = on_device(unit(rows, 140), unit(columns, 70), dtype=torch.bfloat16)
+    image, scale = image[:, ::2], torch.tensor(14.3, device="cuda")
+    ids = (torch.arange(rows, device="cuda") % 90, torch.arange(columns, device="cuda") % 70)
+    keywords, given = {
+        "nothing": ({}, ()),
+        "diagonal": ({"exclude_diagonal": True}, (None, None, 0)),
+        "ids": ({"image_ids": ids[0], "text_ids": ids[1]}, ids),
+    }[excluded]
+    weights = [torch.rand(n, dtype=torch.float64, device="cuda") / n for n in (rows, columns)]
+    of = lambda lse: sum((weight.to(part) * part).sum() for weight, part in zip(weights, lse, strict=True))
+    ours = differentiate(lambda *x: of(ops.contrastive_lse(*x, **keywords, backend=backend)), image, text, scale)
+    written_out = lambda *x: of(reference.contrastive_lse(*x, *given))
+    exact = differentiate(written_out, *(x.double() for x in (image, text, scale)))
+    eager = differentiate(written_out, image, text, scale)
+    for what, a, b, c in zip(("value", "d image", "d text", "d scale"), ours, exact, eager, strict=True):
+        bounds = torch.float32 if what == "value" else torch.bfloat16
+        check(what, a, b, c if c.ndim else unlucky(b, c), bounds, condition=14.3)
+
+
+@pytest.mark.parametrize("backend", [*TILES, "cuda-blocks", "chunked"])
+def test_contrastive_average(backend: str) -> None:
+    skip_unless_able(backend, torch.bfloat16)
+    image, text = on_device(*random(100, 500, 64), dtype=torch.bfloat16)
+    scale = torch.tensor(14.3, device="cuda")
+    ids = torch.arange(100, device="cuda"), torch.arange(500, device="cuda") // 5
+    keywords = {"image_ids": ids[0], "text_ids": ids[1], "positives": "average"}
+    written_out = lambda *x: reference.contrastive_loss(*x, *ids, "average")
+    ours = differentiate(lambda *x: ops.contrastive_loss(*x, **keywords, backend=backend), image, text, scale)
+    exact = differentiate(written_out, *(x.double() for x in (image, text, scale)))
+    eager = differentiate(written_out, image, text, scale)
+    for what, a, b, c in zip(("loss", "d image", "d text", "d scale"), ours, exact, eager, strict=True):
+        bounds = torch.float32 if what == "loss" else torch.bfloat16
+        check(what, a, b, c if c.ndim else unlucky(b, c), bounds, condition=14.3)
+
+
+@pytest.mark.parametrize("backend", ["cuda-blocks", "chunked"])
+def test_contrastive_in_tf32(backend: str) -> None:
+    """By torch's own switch: other numbers than float32's, within TF32's ten bits of a logit; float32 without it."""
+    image, text = on_device(*random(500, 500, 768), dtype=torch.float32)
+    scale = torch.tensor(14.3, device="cuda")
+    loss = lambda *x: ops.contrastive_loss(*x, backend=backend)
+    exact = differentiate(reference.contrastive_loss, *(x.double() for x in (image, text, scale)))
+    plain = differentiate(loss, image, text, scale)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        rounded = differentiate(loss, image, text, scale)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    for a, b, c in zip(plain, rounded, exact, strict=True):
+        errors = [float((x.double() - c).norm() / c.norm()) for x in (a, b)]
+        assert errors[0] < 1e-5
+        assert errors[1] < 14.3 * 2**-11
+        assert errors[0] < errors[1] or not c.ndim  # a single number may be right by luck
+
+
 @pytest.mark.parametrize("backend", [*TILES, "cuda-blocks"])
 def test_contrastive_is_deterministic_on_any_stream_and_in_a_graph(backend: str) -> None:
     skip_unless_able(backend, torch.bfloat16)
@@ -132,25 +212,91 @@ def test_contrastive_nan(backend: str) -> None:
         assert ops.contrastive_loss(image, text, torch.tensor(14.3, device="cuda"), backend=backend).isnan()
 
 
-@pytest.mark.parametrize("tool", ["memcheck", "racecheck", "initcheck"])
-def test_contrastive_under_compute_sanitizer(tool: str, require_tool) -> None:
-    """Small, ragged problems of each kernel; the tool's refusal to start is a failure that shows its words."""
-    code = """
-import torch
-from vlmo_fast import ops
-image, text = (torch.nn.functional.normalize(torch.randn(n, 72, device="cuda"), dim=-1) for n in (200, 200))
-ids = torch.arange(200, device="cuda") // 2
-scale = torch.tensor(14.3, device="cuda", requires_grad=True)
-for backend in ("cuda", "cuda-sm90a", "cuda-blocks"):
-    for keywords in ({}, {"image_ids": ids, "text_ids": ids}):
-        leaves = [x.bfloat16().requires_grad_() for x in (image, text)]
-        try:
-            ops.contrastive_loss(*leaves, scale, **keywords, backend=backend).backward()
-        except NotImplementedError as error:
-            print(error)
-torch.cuda.synchronize()
-"""
-    command = [require_tool("compute-sanitizer"), "--tool", tool, "--error-exitcode", "9", sys.executable, "-c", code]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
-    assert extensions.is_built("cuda")
+@contextmanager
+def no_waiting() -> Iterator[None]:
+    """The host waits for the device nowhere in it, or there is an error."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("backend", [*TILES, "cuda-blocks", "chunked"])
+def test_contrastive_does_not_wait_for_the_device(backend: str) -> None:
+    skip_unless_able(backend, torch.bfloat16)
+    image, text = (x.requires_grad_() for x in on_device(*random(300, 300, 64), dtype=torch.bfloat16))
+    scale, ids = torch.tensor(14.3, device="cuda"), torch.arange(300, device="cuda") // 2
+
+    def everything() -> None:
+        loss = ops.contrastive_loss(image, text, scale, backend=backend)
+        average = ops.contrastive_loss(
+            image, text, scale, image_ids=ids, text_ids=ids, positives="average", backend=backend
+        )
+        (loss + average).backward()
+        ops.sample_hard_negatives(image, text, scale, image_ids=ids, text_ids=ids)
+        ops.retrieval_ranks(image, text, image_ids=ids, text_ids=ids)
+        ops.similarity_topk(image, text, 10)
+
+    everything()  # what is loaded and allocated at first may wait
+    with no_waiting():
+        everything()
+
+
+def test_contrastive_with_ids_and_draws_under_the_deterministic_switch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is refused, and all comes out the same to the bit."""
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    image, text = (x.requires_grad_() for x in on_device(*random(300, 300, 64), dtype=torch.bfloat16))
+    scale, ids = torch.tensor(14.3, device="cuda", requires_grad=True), torch.arange(300, device="cuda") // 3
+
+    def everything() -> list[Tensor]:
+        results = []
+        for positives in ("exclude", "average"):
+            loss = ops.contrastive_loss(image, text, scale, image_ids=ids, text_ids=ids, positives=positives)
+            results += [loss, *torch.autograd.grad(loss, (image, text, scale))]
+        generator = torch.Generator("cuda").manual_seed(1)
+        results += ops.sample_hard_negatives(image, text, scale, image_ids=ids, text_ids=ids, generator=generator)
+        results += ops.retrieval_ranks(image, text, image_ids=ids, text_ids=ids)
+        return [*results, *ops.similarity_topk(image, text, 10)]
+
+    torch.use_deterministic_algorithms(True)
+    try:
+        first, second = everything(), everything()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_contrastive_draws_follow_the_exact_distribution(dtype: torch.dtype) -> None:
+    """Chi-square of 3,000 draws for each of 8 rows, as on a CPU; 600 columns are three tiles."""
+    rows, columns = on_device(unit(8, 5), unit(600, 5), dtype=dtype)
+    scale = torch.tensor(3.0, device="cuda")
+    row_ids, column_ids = torch.arange(8, device="cuda"), torch.arange(600, device="cuda") % 10
+    excluded = _similarity.Excluded(row_ids.repeat(3000), column_ids)
+    generator = torch.Generator("cuda").manual_seed(1)
+    drawn = _sampling._draw(rows.repeat(3000, 1), columns, scale, excluded, generator).view(3000, 8)
+    probabilities = reference.negative_probabilities(*(x.double() for x in (rows, columns, scale)), row_ids, column_ids)
+    for row, wanted in enumerate(probabilities):
+        seen = torch.bincount(drawn[:, row], minlength=600)
+        assert seen[wanted == 0].sum() == 0
+        groups = torch.arange(600, device="cuda") // 20  # enough expected in each for the test to hold
+        expected = torch.zeros(30, dtype=torch.float64, device="cuda").index_add(0, groups, wanted) * 3000
+        found = torch.zeros(30, dtype=torch.int64, device="cuda").index_add(0, groups, seen)
+        assert chisquare(found.cpu().numpy(), expected.cpu().numpy()).pvalue > 1e-4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+def test_contrastive_ranks_and_topk_with_ties(dtype: torch.dtype) -> None:
+    """Small integers, exact in any dtype, most similarities several times."""
+    image, text = (torch.randint(-2, 3, (n, 3)).to("cuda", dtype) for n in (21, 105))
+    ids = torch.randperm(21), torch.arange(105) // 5
+    scores = (image.double() @ text.double().t()).tolist()
+    columns = [list(column) for column in zip(*scores, strict=True)]
+    ranks = ops.retrieval_ranks(image, text, image_ids=ids[0].cuda(), text_ids=ids[1].cuda())
+    same = lambda i, j: bool(ids[0][i] == ids[1][j])
+    assert ranks.text_ranks.tolist() == brute_force_ranks(scores, same)
+    assert ranks.image_ranks.tolist() == brute_force_ranks(columns, lambda j, i: same(i, j))
+    top = ops.similarity_topk(image, text, 17)
+    for i, row in enumerate(scores):
+        assert top.indices[i].tolist() == sorted(range(105), key=lambda j, row=row: (-row[j], j))[:17]

@@ -39,6 +39,21 @@ def test_every_op_runs_with_each_of_its_implementations():
     assert "DIFFERS" not in done.stdout
 
 
+@pytest.mark.parametrize("status", [0, 9])
+def test_the_extension_is_watched_by_three_tools(status, tmp_path):
+    """With a compute-sanitizer that only writes down how it was called; 9 is what a finding gives."""
+    tool = tmp_path / "compute-sanitizer"
+    tool.write_text(f'#!/bin/sh\necho "$@" >>"{tmp_path}/calls"\nexit {status}\n')
+    tool.chmod(0o755)
+    path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+    done = session("--only", "sanitizer", "--out", str(tmp_path / "out"), PATH=path)
+    calls = (tmp_path / "calls").read_text().splitlines()
+    assert [call.split()[1] for call in calls] == ["memcheck", "racecheck", "initcheck"]
+    assert all("--error-exitcode 9" in call and call.endswith("tools/gpu_smoke.py --small") for call in calls)
+    assert done.returncode == (1 if status else 0)
+    assert done.stdout.count("failed (9)") == (3 if status else 0)
+
+
 def test_a_step_that_fails_is_told_and_the_rest_goes_on(tmp_path):
     done = session("--dry-run", "--only", "tests,sanitizer", "--out", str(tmp_path / "out"), PYTHON="false")
     assert done.returncode == 1

@@ -95,7 +95,7 @@ else
     step tests 140 "$python" -m pytest tests -m gpu -q -p no:cacheprovider --timeout 60 -o addopts=
     if command -v compute-sanitizer >/dev/null; then
         for tool in memcheck racecheck initcheck; do
-            step "sanitizer-$tool" 40 bash -c "$(declare -f sanitize); python='$python' sanitize $tool"
+            step "sanitizer-$tool" 60 bash -c "$(declare -f sanitize); python='$python' sanitize $tool"
         done
     else
         table+=("$(printf '%-22s %5s    compute-sanitizer is not on PATH' sanitizer -)")
