@@ -281,10 +281,6 @@ def _softplus(x: Tensor) -> Tensor:
     return F.softplus(x, threshold=40)
 
 
-def _or_nan(loss: Tensor) -> Tensor:
-    return torch.where(loss.isfinite(), loss, torch.nan)
-
-
 class _Matches(NamedTuple):
     """The positives of each row as ranges of the columns sorted by id: no shape depends on the ids' values."""
 
