@@ -1,17 +1,21 @@
 """The task heads as transformers models: files, training, outputs, and starting one head from another's weights."""
 
+import copy
 import math
+import re
 
 import accelerate
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import Trainer, TrainingArguments
+from transformers import AttentionInterface, Trainer, TrainingArguments
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 import vlmo_fast
 from vlmo_fast import VLMoConfig
+from vlmo_fast.hf import modeling
 from vlmo_fast.ops import _attention, _packed_attention
 
 SIZES = {
@@ -130,15 +134,28 @@ def test_frozen_parameters_stay_frozen(tmp_path):
     assert ours == theirs
 
 
+@pytest.mark.parametrize("argument", ["dtype", "torch_dtype"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
-def test_load_in_another_dtype(dtype, tmp_path):
+def test_load_in_another_dtype(dtype, argument, tmp_path):
     model = build("VLMoForQuestionAnswering")
     model.save_pretrained(tmp_path)
-    again = vlmo_fast.VLMoForQuestionAnswering.from_pretrained(tmp_path, dtype=dtype)
+    again = vlmo_fast.VLMoForQuestionAnswering.from_pretrained(tmp_path, **{argument: dtype})
     assert {p.dtype for p in again.parameters()} == {dtype}
     inputs = batch("VLMoForQuestionAnswering")
     inputs["pixel_values"] = inputs["pixel_values"].to(dtype)
     assert again(**inputs).logits.dtype == dtype
+
+
+@heads
+def test_meta_device(head):
+    """Construction without memory; filled later, it is the model."""
+    model = build(head)
+    with torch.device("meta"):
+        empty = build(head)
+    assert all(x.is_meta for x in [*empty.parameters(), *empty.buffers()])
+    empty.to_empty(device="cpu").load_state_dict(model.state_dict())
+    before, after = fields(model(**batch(head))), fields(empty(**batch(head)))
+    assert all(torch.equal(before[name], after[name]) for name in before)
 
 
 # One head from another's weights
@@ -211,7 +228,7 @@ class Samples(torch.utils.data.Dataset):
         return self.samples[index]
 
 
-def train(model, head: str, folder, **options):
+def trainer_of(model, head: str, folder, **options) -> Trainer:
     def collate(samples):
         stacked = {name: torch.stack([s[name] for s in samples]) for name in samples[0]}
         if head == "VLMoForImageTextRetrieval":
@@ -219,21 +236,26 @@ def train(model, head: str, folder, **options):
         return stacked
 
     arguments = {"per_device_train_batch_size": BATCH, "max_steps": 2, "logging_steps": 1, "learning_rate": 1e-3}
-    trainer = Trainer(
+    arguments |= {"save_strategy": "no", "per_device_eval_batch_size": BATCH}
+    return Trainer(
         model,
         TrainingArguments(
             str(folder),
             **{**arguments, **options},
             use_cpu=True,
             report_to=[],
-            save_strategy="no",
             disable_tqdm=True,
             remove_unused_columns=False,
             dataloader_pin_memory=False,
         ),
         train_dataset=Samples(head, 2 * BATCH),
+        eval_dataset=Samples(head, BATCH),
         data_collator=collate,
     )
+
+
+def train(model, head: str, folder, **options) -> list[float]:
+    trainer = trainer_of(model, head, folder, **options)
     trainer.train()
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
@@ -249,6 +271,38 @@ def test_trainer(head, tmp_path):
     moved = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
     assert any(name.startswith("backbone.blocks.0.attention") for name in moved)
     assert head == "VLMoForImageTextRetrieval" or any("head" in name or "classifier" in name for name in moved)
+
+
+@heads
+def test_trainer_evaluates(head, tmp_path):
+    """The loss of the evaluation set; the contrastive one needs no labels, which Trainer wants to be told."""
+    model = build(head)
+    options = {"label_names": []} if head == "VLMoForImageTextRetrieval" else {}
+    outputs = []
+    model.register_forward_hook(lambda module, arguments, output: outputs.append(output))
+    loss = trainer_of(model, head, tmp_path, **options).evaluate()["eval_loss"]
+    assert loss == pytest.approx(outputs[0].loss.item(), rel=1e-6)
+    if head != "VLMoForPreTraining":  # which draws its negatives
+        assert loss == pytest.approx(model(**batch(head)).loss.item(), rel=1e-5)
+
+
+def test_trainer_predicts(tmp_path):
+    head = "VLMoForQuestionAnswering"
+    model = build(head)
+    predictions = trainer_of(model, head, tmp_path).predict(Samples(head, 2 * BATCH)).predictions
+    torch.testing.assert_close(torch.from_numpy(predictions), model(**batch(head, 2 * BATCH)).logits.detach())
+
+
+def test_trainer_resumes(tmp_path):
+    """Stopped after two steps of four, with stochastic depth: the weights of one go, to the bit."""
+    head, options = "VLMoForQuestionAnswering", {"lr_scheduler_type": "constant", "save_strategy": "steps"}
+    whole, halves = (build(head, drop_path_rate=0.3) for _ in range(2))
+    train(whole, head, tmp_path / "whole", max_steps=4, **options)
+    train(halves, head, tmp_path / "halves", max_steps=2, save_steps=2, **options)
+    again = trainer_of(build(head, drop_path_rate=0.3), head, tmp_path / "halves", max_steps=4, **options)
+    again.train(resume_from_checkpoint=True)
+    assert all(torch.equal(a, b) for a, b in zip(again.model.parameters(), whole.parameters(), strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(halves.parameters(), whole.parameters(), strict=True))
 
 
 @pytest.mark.parametrize("head", ["VLMoForQuestionAnswering", "VLMoForImageClassification"])
@@ -391,11 +445,118 @@ def test_attn_implementation_reaches_the_door(head, tmp_path, monkeypatch):
     assert asked_for(again) == {"sdpa"}
     with pytest.raises(NotImplementedError, match="xformers runs on CUDA devices, not on cpu"):
         asked_for(model_class.from_pretrained(tmp_path, attn_implementation="xformers"))
-    for name in ("flash_attention_2", "flex_attention", "nonsense"):
-        with pytest.raises(ValueError, match=f"attn_implementation must be one of .*'sdpa'.* got '{name}'"):
+    for name in ("flash_attention_2", "flex_attention", "paged|eager", "nonsense"):
+        with pytest.raises(ValueError, match=rf"attn_implementation must be one of .*'sdpa'.* got '{re.escape(name)}'"):
             model_class.from_pretrained(tmp_path, attn_implementation=name)
         with pytest.raises(ValueError, match="attn_implementation must be one of"):
             model.set_attn_implementation(name)
+        assert asked_for(model) == {"auto"}
+    monkeypatch.setattr(modeling, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=f"{head}: attn_implementation 'xformers' needs .* -m pip install .*xformers"):
+        model_class.from_pretrained(tmp_path, attn_implementation="xformers")
+
+
+class Registered:
+    """An attention function as a stranger writes it, and what it was called with."""
+
+    def __init__(self) -> None:
+        self.calls: list[dict] = []
+
+    def __deepcopy__(self, memo: dict) -> "Registered":
+        return self  # as a plain function
+
+    def __call__(self, module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
+        self.calls.append({"module": module, "shape": query.shape, "dropout": dropout, **kwargs})
+        scores = scaling * query @ key.transpose(-2, -1)
+        weights = (scores if attention_mask is None else scores + attention_mask).softmax(dim=-1)
+        return (weights @ value).transpose(1, 2), weights
+
+
+@pytest.fixture
+def registered(monkeypatch):
+    """In the interface for one test only."""
+    monkeypatch.setattr(AttentionInterface, "_global_mapping", dict(AttentionInterface._global_mapping))
+    function = Registered()
+    AttentionInterface.register("mine", function)
+    AttentionInterface.register("theirs", sdpa_attention_forward)
+    return function
+
+
+@pytest.mark.parametrize("kind", ["relative", "absolute"])
+@heads
+def test_registered_attention_functions(head, kind, registered):
+    """A stranger's and transformers' own, in every head, padded and packed: the same losses, outputs and gradients."""
+    model = build(head, position_embedding_type=kind).double()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    inputs = {
+        name: x.double() if torch.is_tensor(x) and x.is_floating_point() else x for name, x in batch(head).items()
+    }
+
+    def results() -> list[torch.Tensor]:
+        model.zero_grad(set_to_none=True)
+        output = model(**inputs)
+        output.loss.backward()
+        return [*fields(output).values(), *(p.grad for p in model.parameters() if p.grad is not None)]
+
+    wanted = results()
+    for name in ("mine", "theirs"):
+        model.set_attn_implementation(name)
+        registered.calls.clear()
+        actual = results()
+        assert len(actual) == len(wanted)
+        for ours, theirs in zip(actual, wanted, strict=True):
+            torch.testing.assert_close(ours, theirs)
+        assert bool(registered.calls) == (name == "mine")
+
+
+@pytest.mark.parametrize("cls_only", [False, True])
+@pytest.mark.parametrize("kind", ["relative", "absolute"])
+def test_registered_functions_on_every_path(kind, cls_only, registered):
+    """Images, texts and pairs, with a mask and without, with the vision-language branch, padding tokens included."""
+    model = build("VLMoModel", position_embedding_type=kind)
+    inputs = batch("VLMoForImageTextRetrieval")
+    del inputs["return_loss"]
+    for names in (["pixel_values"], ["input_ids"], ["input_ids", "attention_mask"], list(inputs)):
+        given = {name: inputs[name] for name in names}
+        given |= {"use_vl_branch": "pixel_values" not in names or len(names) == 1, "cls_only": cls_only}
+        model.set_attn_implementation("eager")
+        wanted = fields(model(**given))
+        model.set_attn_implementation("mine")
+        registered.calls.clear()
+        actual = fields(model(**given))
+        assert actual.keys() == wanted.keys()
+        for name in wanted:
+            torch.testing.assert_close(actual[name], wanted[name])
+        blocks = [block.attention for block in model.backbone.blocks]
+        assert [call["module"] for call in registered.calls[:3]] == blocks
+        assert {(call["dropout"], call["is_causal"]) for call in registered.calls} == {(0.0, False)}
+
+
+def test_registered_functions_come_and_go(registered, tmp_path):
+    """By loading and in copies; a function that is registered anew under its name; and off again."""
+    model = build("VLMoForQuestionAnswering")
+    model.save_pretrained(tmp_path)
+    inputs = batch("VLMoForQuestionAnswering")
+    loaded = vlmo_fast.VLMoForQuestionAnswering.from_pretrained(tmp_path, attn_implementation="mine")
+    assert loaded.config._attn_implementation == "mine"
+    other = copy.deepcopy(loaded)
+    torch.testing.assert_close(other(**inputs).logits, model(**inputs).logits)
+    assert len(registered.calls) == 3
+    again = Registered()
+    AttentionInterface.register("mine", again)
+    other.set_attn_implementation("mine")
+    other(**inputs)
+    assert (len(registered.calls), len(again.calls)) == (3, 3)
+    other.set_attn_implementation("sdpa")
+    other(**inputs)
+    assert (len(registered.calls), len(again.calls)) == (3, 3)
+    loaded(**inputs)
+    assert len(registered.calls) == 6
+    loaded.save_pretrained(tmp_path)
+    plain = vlmo_fast.VLMoForQuestionAnswering.from_pretrained(tmp_path)
+    assert plain.config._attn_implementation == "auto"  # as in transformers, no property of the weights
 
 
 # Outputs

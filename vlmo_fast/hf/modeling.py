@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
@@ -16,16 +17,19 @@ from transformers.modeling_outputs import (
     ModelOutput,
     SequenceClassifierOutput,
 )
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import can_return_tuple
 
 from vlmo_fast import losses, ops
 from vlmo_fast.distributed import fetch_samples
+from vlmo_fast.hf.attention import AttentionFunction, attend_by
 from vlmo_fast.hf.configuration import VLMoConfig
 from vlmo_fast.model import IMAGE_TYPE, MoMETransformer
 from vlmo_fast.packing import pack
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+    from torch.utils.hooks import RemovableHandle
 
 __all__ = [
     "VLMoForImageClassification",
@@ -41,6 +45,9 @@ __all__ = [
     "VLMoPreTrainedModel",
     "VLMoPreTrainingOutput",
 ]
+
+# In names of transformers' own functions that would leave out the relative positions of some heads or of all.
+NO_BIAS_PER_HEAD = ("flash", "flex_attention", "paged|", "/")
 
 
 @dataclass
@@ -141,7 +148,12 @@ class PairClassifier(nn.Module):
 
 
 class VLMoPreTrainedModel(PreTrainedModel):
-    """Loading, saving and initialisation that all heads share."""
+    """Loading, saving, initialisation and the choice of attention that all heads share.
+
+    `attn_implementation` is a name that the attention op knows ("sdpa", "eager", "xformers") or that of a function that
+    was registered in transformers' `AttentionInterface`. The default, "auto", leaves the choice to the op: "sdpa" on a
+    GPU, and elsewhere what is fastest there (`vlmo_fast.ops.explain()`).
+    """
 
     config: VLMoConfig
     config_class = VLMoConfig
@@ -151,6 +163,7 @@ class VLMoPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ("MoMEBlock",)
     _supports_sdpa = True
+    _supports_attention_backend = True
 
     backbone: MoMETransformer
 
@@ -166,17 +179,16 @@ class VLMoPreTrainedModel(PreTrainedModel):
         return loaded
 
     def post_init(self) -> None:
-        """As in transformers; the attention that the configuration asks for then reaches the door."""
+        """As in transformers; the attention that the configuration asks for then reaches the blocks."""
         super().post_init()
-        self.backbone.set_attention_backend(self.config._attn_implementation)
+        self._attention_hooks: list[RemovableHandle] = []
+        self._choose_attention()
 
     def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
-        """One of the door's names; "auto", its own choice, where none was asked for."""
-        known = ("auto", *ops.implementations("attention"))
+        """The name itself where it can be used; "auto" where none was asked for."""
         if requested_attention is None:
             return "auto"
-        if requested_attention not in known:
-            self._fail("attn_implementation", f"be one of {list(known)}", repr(requested_attention))
+        self._attention_function(requested_attention)
         return requested_attention
 
     @classmethod
@@ -184,9 +196,36 @@ class VLMoPreTrainedModel(PreTrainedModel):
         return True
 
     def set_attn_implementation(self, *args: Any, **kwargs: Any) -> None:
-        """As in transformers: one of the door's names, for all blocks."""
+        """As in transformers."""
         super().set_attn_implementation(*args, **kwargs)
-        self.backbone.set_attention_backend(self.config._attn_implementation)
+        self._choose_attention()
+
+    def _choose_attention(self) -> None:
+        """Have all blocks attend as the configuration names it."""
+        name = self.config._attn_implementation
+        function = self._attention_function(name)
+        for hook in self._attention_hooks:
+            hook.remove()
+        self._attention_hooks = [] if function is None else attend_by(function, self.backbone)
+        self.backbone.set_attention_backend(name if function is None else "auto")
+
+    def _attention_function(self, name: str) -> AttentionFunction | None:
+        """The registered function of that name, or None for a name of the attention op's."""
+        known = ("auto", *ops.implementations("attention"))
+        if name == "xformers" and find_spec("xformers") is None:
+            from vlmo_fast.doctor import install_command
+
+            raise ImportError(
+                f"{type(self).__name__}: attn_implementation 'xformers' needs the package xformers, which is not "
+                f"installed. To install it: {install_command('xformers')}"
+            )
+        if name in known:
+            return None
+        if name not in ALL_ATTENTION_FUNCTIONS or any(part in name for part in NO_BIAS_PER_HEAD):
+            rule = f"be one of {list(known)}, or registered in AttentionInterface and take a mask for each head"
+            self._fail("attn_implementation", rule, repr(name))
+        function: AttentionFunction = ALL_ATTENTION_FUNCTIONS[name]
+        return function
 
     def _init_weights(self, module: nn.Module) -> None:
         self.backbone.init_weights(module)
