@@ -1,6 +1,8 @@
 """The compiled extensions: how they are built, found and refused, and their kernels on every instruction set."""
 
 import ctypes
+import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -168,18 +170,42 @@ def test_missing_extension_names_its_command(monkeypatch: pytest.MonkeyPatch, tm
     extensions.load.cache_clear()
 
 
-def test_a_library_of_other_sources_does_not_count(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """A changed byte in `csrc/` gives the library another name."""
+@pytest.fixture
+def rekeyed(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., str]]:
+    """The file name of the CPU library, looked up anew, for the torch that is installed or for another."""
+
+    def name(torch_version: str | None = None) -> str:
+        extensions.library.cache_clear()
+        with monkeypatch.context() as patch:
+            if torch_version:
+                patch.setattr(extensions.metadata, "version", {"torch": torch_version}.__getitem__)
+            return extensions.library("cpu").name
+
+    yield name
+    extensions.library.cache_clear()
+
+
+def test_a_library_of_other_sources_does_not_count(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, rekeyed: Callable[..., str]
+) -> None:
+    """A changed byte in `csrc/`, or in what compiles it, gives the library another name."""
     folder = tmp_path / "csrc" / "cpu"
     folder.mkdir(parents=True)
     monkeypatch.setattr(extensions, "PACKAGE", tmp_path)
     names = []
-    for text in ("one", "two", "one"):
-        (folder / "a.cpp").write_text(text)
-        extensions.library.cache_clear()
-        names.append(extensions.library("cpu").name)
-    extensions.library.cache_clear()
-    assert names[0] == names[2] != names[1]
+    for source, flags in (("one", "-O3"), ("two", "-O3"), ("one", "-O2"), ("one", "-O3")):
+        (folder / "a.cpp").write_text(source)
+        (tmp_path / "build.py").write_text(flags)
+        names.append(rekeyed())
+    assert names[0] == names[3]
+    assert len(set(names)) == 3
+
+
+def test_a_library_for_another_torch_does_not_count(rekeyed: Callable[..., str]) -> None:
+    """The release counts, its patches and builds do not."""
+    assert re.match(rf"vlmo_fast_cpu-torch{'.'.join(torch.__version__.split('.')[:2])}-\w{{12}}\.so$", rekeyed())
+    assert rekeyed("2.13.0+cpu") == rekeyed("2.13.1+cu130") == rekeyed("2.13.0a0+git123")
+    assert len({rekeyed(version) for version in ("2.13.0", "2.1.3", "2.14.0", "3.13.0")}) == 4
 
 
 # vlmo-fast build
@@ -203,6 +229,7 @@ def test_build_leaves_alone_what_is_up_to_date() -> None:
     done = run("cpu")
     assert done.returncode == 0
     assert done.stdout.strip() == f"vlmo-fast build: {extensions.library('cpu')}"
+    assert json.loads(run("cpu", "--json").stdout) == {"cpu": str(extensions.library("cpu"))}
     assert extensions.library("cpu").stat().st_mtime_ns == before
 
 
@@ -214,8 +241,15 @@ def test_build_from_nothing(
     monkeypatch.setattr(extensions, "FOLDER", tmp_path / "_lib")
     extensions.library.cache_clear()
     try:
+        (tmp_path / "_lib").mkdir()
+        outdated = tmp_path / "_lib" / f"{extensions.prefix('cpu')}000000000000.so"
+        others = tmp_path / "_lib" / "vlmo_fast_cpu-torch2.9-000000000000.so"
+        for library in (outdated, others):
+            library.touch()
         path = build.build("cpu", jobs=1)
         assert path.parent == tmp_path / "_lib"
+        assert not outdated.exists()
+        assert others.exists()
         symbols = subprocess.run(["nm", "-D", "--defined-only", path], capture_output=True, text=True).stdout
         ours = [line.split()[-1] for line in symbols.splitlines() if "vlmo" in line]
         assert sorted(ours) == ["vlmo_fast_cpu_capability", "vlmo_fast_cpu_use"]
@@ -228,15 +262,26 @@ def test_build_from_nothing(
         extensions.library.cache_clear()
 
 
-def test_build_says_what_is_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_build_says_what_is_missing(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     done = run("gpu")
     assert done.returncode == 2
     assert "NAME must be one of cpu, cuda, got gpu" in done.stderr
     monkeypatch.setattr(extensions, "FOLDER", tmp_path)
     extensions.library.cache_clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(build, "find_spec", lambda name: None)
+        with pytest.raises(build.BuildError, match="torch is missing"):
+            build.build("cpu")
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(build.BuildError, match="no-such-compiler is missing; `vlmo-fast doctor` says how"):
         build.build("cpu")
     assert build.main(["cpu"]) == 1
     assert build.main(["cpu", "--optional"]) == 0
+    capsys.readouterr()
+    assert build.main(["cpu", "--json"]) == 1
+    shown = capsys.readouterr()
+    assert json.loads(shown.out) == {}
+    assert "no-such-compiler is missing" in shown.err
     extensions.library.cache_clear()

@@ -158,10 +158,11 @@ def test_install_without_a_working_compiler(compiler: str, tmp_path: Path) -> No
 
 @pytest.mark.slow
 def test_install_with_isolation(tmp_path: Path) -> None:
-    """As `pip install .` does: setuptools alone is fetched, torch is not there, nothing is compiled."""
+    """As `pip install .` does: setuptools alone is fetched, torch is not there, nothing is compiled, nor could be."""
     checkout, target, empty = copy_of_checkout(tmp_path), tmp_path / "target", tmp_path / "empty"
     empty.mkdir()
-    run(*PIP, "install", "--no-deps", "--quiet", "--target", str(target), str(checkout), cwd=empty)
+    command = (*PIP, "install", "--no-deps", "--quiet", "--target", str(target), str(checkout))
+    run(*command, cwd=empty, CXX="no-such-compiler", CC="no-such-compiler")
     assert installed_files(target) == []
     (wheel,) = target.glob("*.dist-info/WHEEL")
     assert "Tag: py3-none-any" in wheel.read_text()

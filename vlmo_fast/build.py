@@ -6,6 +6,7 @@ Needs g++ (or what CXX names) and, for CUDA, nvcc; no GPU. Nothing else of vlmo_
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import platform
 import shutil
@@ -40,7 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Builds what the command line names; the exit status is 1 where that fails."""
     parser = argparse.ArgumentParser(
         prog="vlmo-fast build",
-        description="Compile the extensions against the torch that is installed. What is up to date is left alone.",
+        description="Compile the extensions against the torch that is installed, and print where they lie. What is up "
+        "to date (same sources, same release of torch) is left alone. No GPU is needed.",
     )
     parser.add_argument(
         "names", nargs="*", metavar="NAME", help="cpu or cuda; without a name, cpu, and cuda if nvcc is here"
@@ -48,18 +50,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--jobs", type=int, help="compilations at a time (default: MAX_JOBS, or ninja's choice)")
     parser.add_argument("--force", action="store_true", help="build even what is up to date")
     parser.add_argument("--optional", action="store_true", help="where it cannot be built, say so and succeed")
+    parser.add_argument("--json", action="store_true", help="print the libraries as a JSON object, name to path")
     args = parser.parse_args(argv)
     unknown = [name for name in args.names if name not in extensions.NAMES]
     if unknown:
         parser.error(f"NAME must be one of {', '.join(extensions.NAMES)}, got {unknown[0]}")
     names = args.names or [name for name in extensions.NAMES if name == "cpu" or find_nvcc()]
+    built: dict[str, str] = {}
+    status = 0
     try:
         for name in names:
-            print(f"vlmo-fast build: {build(name, jobs=args.jobs, force=args.force)}")
+            built[name] = str(build(name, jobs=args.jobs, force=args.force))
+            if not args.json:
+                print(f"vlmo-fast build: {built[name]}")
     except BuildError as error:
         print(f"vlmo-fast build: {error}", file=sys.stderr)
-        return 0 if args.optional else 1
-    return 0
+        status = 0 if args.optional else 1
+    if args.json:
+        print(json.dumps(built, indent=2))
+    return status
 
 
 def build(name: str, *, jobs: int | None = None, force: bool = False) -> Path:
@@ -76,14 +85,14 @@ def build(name: str, *, jobs: int | None = None, force: bool = False) -> Path:
     Raises:
         BuildError: a tool is missing, or a compiler failed.
     """
+    if find_spec("torch") is None:
+        raise BuildError("torch is missing; extensions are built against the torch that is installed")
     target = extensions.library(name)
     if target.is_file() and not force:
         return target
     ninja = shutil.which("ninja", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]))
     if ninja is None:
         raise BuildError("ninja is missing; to install it: " + f"{sys.executable} -m pip install ninja")
-    if find_spec("torch") is None:
-        raise BuildError("torch is missing; extensions are built against the torch that is installed")
     folder = extensions.FOLDER / f"build-{name}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -102,7 +111,7 @@ def build(name: str, *, jobs: int | None = None, force: bool = False) -> Path:
         raise BuildError(f"the {name} extension did not compile:\n{done.stdout[-6000:]}{done.stderr[-2000:]}")
     if "C7510" in done.stdout:
         raise BuildError(f"ptxas serialised wgmma (C7510), which costs most of its speed:\n{done.stdout[-6000:]}")
-    for old in extensions.FOLDER.glob(f"vlmo_fast_{name}-*.so"):
+    for old in extensions.FOLDER.glob(f"{extensions.prefix(name)}*.so"):
         old.unlink()
     unfinished.replace(target)  # in one step: a process that loads it never sees half of it
     return target

@@ -17,6 +17,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from vlmo_fast import extensions
+
 
 class _Package(NamedTuple):
     distribution: str
@@ -59,6 +61,9 @@ _TOOLS = (
         "building the CUDA extension",
     ),
 )
+
+
+_EXTENSIONS = {"cpu": "the contrastive loss on a CPU", "cuda": "the contrastive loss on an NVIDIA GPU"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -112,6 +117,7 @@ def examine() -> dict[str, Any]:
         "torch": torch_report,
         "packages": [_examine_package(package) for package in _PACKAGES],
         "tools": [_examine_tool(tool) for tool in _TOOLS],
+        "extensions": [_examine_extension(name) for name in extensions.NAMES] if torch_report else [],
         "implementations": _implementations() if torch_report else [],
     }
 
@@ -151,6 +157,17 @@ def _examine_tool(tool: _Tool) -> dict[str, str | None]:
         "version": version,
         "purpose": tool.purpose,
         "install": None if path else remedy,
+    }
+
+
+def _examine_extension(name: str) -> dict[str, str | None]:
+    built = extensions.is_built(name)
+    return {
+        "name": f"{name} extension",
+        "path": str(extensions.library(name)) if built else None,
+        "version": "built" if built else None,
+        "purpose": _EXTENSIONS[name],
+        "install": None if built else extensions.build_command(name),
     }
 
 
@@ -217,7 +234,7 @@ def render(report: dict[str, Any]) -> str:
         rows += [] if torch["devices"] else [("gpu", "none that torch can use")]
     sections = ["\n".join(_table(rows))]
 
-    parts = report["packages"] + report["tools"]
+    parts = report["packages"] + report["tools"] + report["extensions"]
     there = [(part["name"], part["version"] or "-", part["purpose"]) for part in parts]
     sections.append("\n".join(["Parts", *_table([("name", "version", "for"), *there], indent="  ")]))
 

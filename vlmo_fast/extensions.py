@@ -1,7 +1,8 @@
 """The compiled libraries of `csrc/`: where they lie, whether they are built, how they are loaded.
 
-A library's name holds a digest of its sources and of the module that compiles them, so one that was built from others,
-or with other flags, counts as not built.
+A library's name holds the release of torch that it was built against and a digest of its sources and of the module that
+compiles them. So one that was built from other sources, with other flags or for another torch counts as not built, and
+libraries for several releases of torch lie side by side.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import sys
 from functools import cache
+from importlib import metadata
 from pathlib import Path
 
 __all__ = ["NAMES", "build_command", "is_built", "library", "load", "sources"]
@@ -27,9 +29,16 @@ def sources(name: str) -> list[Path]:
 def library(name: str) -> Path:
     """Where `vlmo-fast build` puts the library, whether or not it is there."""
     digest = hashlib.sha256()
-    for path in [*sources(name), Path(__file__).with_name("build.py")]:
+    for path in (*sources(name), PACKAGE / "build.py"):
         digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
-    return FOLDER / f"vlmo_fast_{name}-{digest.hexdigest()[:12]}.so"
+    return FOLDER / f"{prefix(name)}{digest.hexdigest()[:12]}.so"
+
+
+def prefix(name: str) -> str:
+    """How the file names of the library begin that fit the torch that is installed, whatever their sources."""
+    # torch keeps its ABI within a minor release; a CPU and a CUDA build of one (2.13.0+cpu, +cu130) share theirs.
+    release = ".".join(metadata.version("torch").split(".")[:2])
+    return f"vlmo_fast_{name}-torch{release}-"
 
 
 def is_built(name: str) -> bool:
