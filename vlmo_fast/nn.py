@@ -1,7 +1,7 @@
 """VLMo's parts as plain modules, for other people's models.
 
 They are the network's own modules and ops behind arguments that a stranger's model has: no `MoMEConfig`, tokens as
-(B, S, D). `MoMEBlock` and `RelativePositionBias` are the network's, for those who want them whole.
+(B, S, D).
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from vlmo_fast import ops
 from vlmo_fast.config import MoMEConfig
 from vlmo_fast.model import Attention, Expert, MoMEBlock
 from vlmo_fast.packing import PaddedRows
-from vlmo_fast.positions import RelativePositionBias
+from vlmo_fast.positions import LayerBiases, RelativePositionBias
 
-__all__ = ["ContrastiveLoss", "ExpertFeedForward", "MoMEBlock", "RelativeAttention", "RelativePositionBias"]
+__all__ = ["ContrastiveLoss", "ExpertBlock", "ExpertFeedForward", "RelativeAttention", "RelativePositionBias"]
 
 
 class ExpertFeedForward(nn.Module):
@@ -157,21 +157,76 @@ class RelativeAttention(nn.Module):
         Raises:
             ValueError: the tokens are neither a text, nor an image of the window, nor both, or the text is too long.
         """
-        num_tokens, window = x.shape[1], self.bias.window_size
-        if num_tokens - num_text_tokens not in (0, 1 + window**2):
-            raise ValueError(
-                f"RelativeAttention: x must have {num_text_tokens} text tokens and 0 or {1 + window**2} of an image, "
-                f"got {num_tokens} in all"
-            )
-        if num_text_tokens > self.bias.text_span:
-            raise ValueError(
-                f"RelativeAttention: num_text_tokens must be at most text_span={self.bias.text_span}, "
-                f"got {num_text_tokens}"
-            )
-        biases = self.bias(num_text_tokens, (window,) if num_tokens > num_text_tokens else ())
-        rows = PaddedRows(len(x), 0, num_tokens, key_mask)  # attention does not ask which tokens are which
+        biases = _biases("RelativeAttention", self.bias, x, num_text_tokens)
+        rows = PaddedRows(len(x), 0, x.shape[1], key_mask)  # attention does not ask which tokens are which
         output: Tensor = self.attention(x.flatten(0, 1), rows, biases[0])
         return output.view(x.shape)
+
+
+class ExpertBlock(nn.Module):
+    """VLMo's block: attention that the modalities share, then the feed-forward network of each token's modality.
+
+    Both are residual, pre-norm and, where asked for, scaled per channel. Tokens are those of `RelativeAttention`: an
+    image's go through the vision expert, a text's through the language expert.
+
+    Args:
+        width: D of a token.
+        num_heads: attention heads; divides D.
+        window_size: patches along one side of the image.
+        text_span: longest text, tokens.
+        fuses: whether all tokens of a joint sequence go through one vision-language expert, as in VLMo's top layers.
+        intermediate_size: inner width of an expert; None means 4 D.
+        layer_scale_init_value: initial value of both branches' scales per channel; None for none.
+        drop_path_rate: how often training leaves a branch out (stochastic depth).
+        eps: epsilon of the norms.
+
+    Example:
+        >>> block = ExpertBlock(64, 4, window_size=3, fuses=True)
+        >>> block(torch.randn(2, 5 + 10, 64), num_text_tokens=5).shape
+        torch.Size([2, 15, 64])
+    """
+
+    def __init__(
+        self,
+        width: int,
+        num_heads: int,
+        *,
+        window_size: int,
+        text_span: int = 196,
+        fuses: bool = False,
+        intermediate_size: int | None = None,
+        layer_scale_init_value: float | None = None,
+        drop_path_rate: float = 0.0,
+        eps: float = 1e-6,
+    ) -> None:
+        super().__init__()
+        config = MoMEConfig(
+            hidden_size=width,
+            num_attention_heads=num_heads,
+            intermediate_size=intermediate_size,
+            num_vl_layers=int(fuses),
+            layer_scale_init_value=layer_scale_init_value,
+            drop_path_rate=drop_path_rate,
+            layer_norm_eps=eps,
+        )
+        self.block = MoMEBlock(config, layer=config.num_hidden_layers - 1)  # the last drops at the whole rate
+        self.bias = RelativePositionBias(1, num_heads, window_size, text_span)
+        self.fuses = fuses
+        self.block.apply(_initialise)
+        if layer_scale_init_value is not None:
+            assert self.block.attention_layer_scale is not None and self.block.ffn_layer_scale is not None
+            nn.init.constant_(self.block.attention_layer_scale, layer_scale_init_value)
+            nn.init.constant_(self.block.ffn_layer_scale, layer_scale_init_value)
+
+    def forward(self, x: Tensor, num_text_tokens: int = 0, key_mask: Tensor | None = None) -> Tensor:
+        """One block; arguments, result and errors as those of `RelativeAttention.forward`."""
+        biases = _biases("ExpertBlock", self.bias, x, num_text_tokens)
+        rows = PaddedRows(len(x), num_text_tokens, x.shape[1] - num_text_tokens, key_mask)
+        is_pair = bool(rows.num_text and rows.num_image)
+        groups = rows.fusion_groups if self.fuses and is_pair else rows.modality_groups
+        text, image = x.split([rows.num_text, rows.num_image], dim=1)
+        rows_of_all = torch.cat([text.flatten(0, 1), image.flatten(0, 1)])  # (N, D)
+        return rows.padded(self.block(rows_of_all, rows, groups, biases[0]))
 
 
 class ContrastiveLoss(nn.Module):
@@ -204,6 +259,20 @@ class ContrastiveLoss(nn.Module):
         return ops.contrastive_loss(
             image_embeds, text_embeds, scale, image_ids=image_ids, text_ids=text_ids, process_group=process_group
         )
+
+
+def _biases(who: str, bias: RelativePositionBias, x: Tensor, num_text_tokens: int) -> LayerBiases:
+    """The biases of a sequence (B, S, D) whose first tokens are a text's, once its lengths are checked."""
+    num_tokens, window = x.shape[1], bias.window_size
+    if num_tokens - num_text_tokens not in (0, 1 + window**2):
+        raise ValueError(
+            f"{who}: x must have {num_text_tokens} text tokens and 0 or {1 + window**2} of an image, "
+            f"got {num_tokens} in all"
+        )
+    if num_text_tokens > bias.text_span:
+        raise ValueError(f"{who}: num_text_tokens must be at most text_span={bias.text_span}, got {num_text_tokens}")
+    biases: LayerBiases = bias(num_text_tokens, (window,) if num_tokens > num_text_tokens else ())
+    return biases
 
 
 def _initialise(module: nn.Module) -> None:
