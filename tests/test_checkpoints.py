@@ -101,6 +101,18 @@ def test_other_dtypes_are_kept(arch, dtype, tmp_path):
     assert_same(torch.load(tmp_path / "half.pt", weights_only=True)["state_dict"], state)
 
 
+def test_several_dtypes_become_the_one_that_holds_them_all():
+    """Scales or norms that were kept in float32 beside half-precision matrices; layers of two dtypes cannot run."""
+    state = filled("irtr", "tiny_rel", torch.bfloat16)
+    for dtype in (torch.float32, torch.float16):
+        mixed = {name: x.to(dtype) if "norm" in name else x for name, x in state.items()}
+        model = load(mixed, "tiny_rel")
+        assert {x.dtype for x in model.state_dict().values()} == {torch.float32}
+        assert model.config.dtype == torch.float32
+        for name, tensor in official_state_dict(model).items():
+            assert torch.equal(tensor, mixed[name].to(tensor.dtype)), name
+
+
 @pytest.mark.parametrize(
     "wrap",
     [
@@ -284,6 +296,21 @@ def test_a_tensor_of_integers_is_named(kind, relative, name):
     message = refusal(state)
     assert f"dtype of {name}: torch.int64, expected a float dtype" in message
     assert "got 1 problems" in message
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
+def test_a_tensor_of_bytes_is_named(dtype):
+    """A float dtype, in which no layer computes and which torch does not even look through for NaN."""
+    state = small()
+    state["pooler.dense.bias"] = state["pooler.dense.bias"].to(dtype)
+    message = f"pooler.dense.bias must be of float16, bfloat16, float32, float64 or integers, got {dtype}"
+    assert message in refusal(state)
+
+
+def test_a_complex_tensor_is_named():
+    state = small()
+    state["pooler.dense.bias"] = state["pooler.dense.bias"].to(torch.complex64)
+    assert "dtype of pooler.dense.bias: torch.complex64, expected a float dtype" in refusal(state)
 
 
 def test_all_problems_are_listed_at_once():

@@ -8,13 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_checkpoints import CLASSES, SMALL, assert_same, small
+from safetensors.torch import load_file, save_file
+from test_checkpoints import CLASSES, SMALL, Hostile, assert_same, small
 from test_pretrained import assert_image_path, beit, bert, released
 from transformers import AutoProcessor, BeitForImageClassification
 
 import vlmo_fast
 from vlmo_fast import convert
-from vlmo_fast.checkpoints import official_state_dict, open_saved
+from vlmo_fast.checkpoints import IGNORED, official_state_dict, open_saved
 
 ROOT = Path(__file__).parents[1]
 HEADS = ("--num-attention-heads", "2")
@@ -47,6 +48,19 @@ def test_released_files_to_folders_and_back(kind, relative, tmp_path, capsys):
     assert_same(official_state_dict(model), state)
     run(capsys, tmp_path / "folder", tmp_path / "back.pth")
     assert_same(torch.load(tmp_path / "back.pth", weights_only=True)["state_dict"], state)
+
+
+@pytest.mark.parametrize("wrapper", ["state_dict", "module", "model", None])
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+def test_released_files_as_they_come(zipped, wrapper, tmp_path, capsys):
+    """Wrapped or flat, in both of torch's formats under a suffix that lies, with the three index buffers."""
+    state = small("nlvr2")
+    content = state | {name: torch.zeros(3, 3, dtype=torch.int64) for name in IGNORED}
+    content = content if wrapper is None else {wrapper: content, "epoch": 3}
+    torch.save(content, tmp_path / "in.safetensors", _use_new_zipfile_serialization=zipped)
+    report = run(capsys, tmp_path / "in.safetensors", tmp_path / "out.pt", *HEADS)
+    assert (report["fresh"], report["unused"], report["resized"]) == ([], [], [])
+    assert_same(torch.load(tmp_path / "out.pt", weights_only=True)["state_dict"], state)
 
 
 def test_task_and_sizes(tmp_path, capsys):
@@ -148,6 +162,7 @@ def test_failures_leave_nothing(tmp_path, capsys, monkeypatch):
     torch.save({name: x for name, x in state.items() if "norm1" not in name}, tmp_path / "missing.pt")
     torch.save({"a": torch.ones(2)}, tmp_path / "foreign.pt")
     (tmp_path / "cut.pt").write_bytes((tmp_path / "good.pt").read_bytes()[:-2000])
+    torch.save({**state, "payload": Hostile(tmp_path / "mark")}, tmp_path / "hostile.pt")
     bert().save_pretrained(tmp_path / "bert")
     (tmp_path / "odd").mkdir()
     (tmp_path / "odd" / "config.json").write_text("[]")
@@ -158,6 +173,7 @@ def test_failures_leave_nothing(tmp_path, capsys, monkeypatch):
         "missing.pt": "missing: transformer.blocks.0.norm1.weight",
         "foreign.pt": r"must be a VLMo or a BEiT, got .* with 1 tensors such as \['a'\]",
         "cut.pt": "must be a readable torch checkpoint",
+        "hostile.pt": "must be a readable torch checkpoint of tensors alone",
         "absent.pt": "must be a checkpoint file",
         "bert": "got a folder with a model of type 'bert'",
         "odd": "config.json must be a configuration",
@@ -231,3 +247,35 @@ def test_saved_folders_are_checked_too(tmp_path):
     bert().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"must hold one of .* got KeyError\('BertModel'\)"):
         open_saved(tmp_path)
+
+
+DAMAGE = {
+    "missing: {name}": lambda state, name: {key: x for key, x in state.items() if key != name},
+    "unexpected: stranger": lambda state, name: {"stranger" if key == name else key: x for key, x in state.items()},
+    "shape of {name}: ": lambda state, name: {**state, name: state[name][None].clone()},
+    "dtype of {name}: torch.int64": lambda state, name: {**state, name: state[name].long()},
+    "NaN or infinity in 1 of": lambda state, name: {**state, name: torch.full_like(state[name], torch.nan)},
+}
+
+
+@pytest.mark.parametrize("problem", DAMAGE)
+def test_every_damage_to_a_saved_folder_is_named(problem, tmp_path):
+    """Each tensor dropped, renamed, reshaped, of integers, of NaN."""
+    vlmo_fast.VLMoForImageTextRetrieval(vlmo_fast.VLMoConfig(**SMALL)).save_pretrained(tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    assert len(open_saved(tmp_path).tensors) == len(state)
+    for name in state:
+        save_file(DAMAGE[problem](state, name), tmp_path / "model.safetensors")
+        with pytest.raises(ValueError, match=r"^open_saved: ") as caught:
+            open_saved(tmp_path)
+        assert problem.format(name=name) in str(caught.value)
+        assert name in str(caught.value)
+
+
+def test_a_truncated_folder_is_one_clear_error(tmp_path):
+    vlmo_fast.VLMoForImageTextRetrieval(vlmo_fast.VLMoConfig(**SMALL)).save_pretrained(tmp_path)
+    whole = (tmp_path / "model.safetensors").read_bytes()
+    for offset in (0, 4, 8, 9, 100, len(whole) // 2, len(whole) - 1):
+        (tmp_path / "model.safetensors").write_bytes(whole[:offset])
+        with pytest.raises(ValueError, match=r"^open_saved: .*model\.safetensors must be a readable"):
+            open_saved(tmp_path)

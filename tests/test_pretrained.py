@@ -18,6 +18,7 @@ from transformers import (
 )
 
 import vlmo_fast
+from vlmo_fast.positions import resize_relative_bias_table
 from vlmo_fast.pretrained import load_beit, load_bert_embeddings, open_beit
 
 SIZES = {
@@ -177,16 +178,25 @@ def test_every_task_starts_from_beit(task):
     assert not model.training
 
 
-def test_another_image_size():
-    """The table of any resolution; wrong rows would be silent."""
-    source = beit("per layer")
-    larger = load_beit(source, image_size=48)
-    assert larger.config.image_size == 48
-    pixels = torch.randn(1, 3, 48, 48)
+@positions
+@pytest.mark.parametrize("size", [16, 48])
+def test_another_image_size(kind, size):
+    """Positions of any resolution, each layer's table by itself; wrong rows would be silent."""
+    source = beit(kind)
+    resized = load_beit(source, image_size=size)
+    assert resized.config.image_size == size
+    pixels = torch.randn(1, 3, size, size)
     plain = load_beit(source).backbone(pixel_values=pixels, interpolate_pos_encoding=True, output_hidden_states=True)
-    actual = larger.backbone(pixel_values=pixels, output_hidden_states=True)
+    actual = resized.backbone(pixel_values=pixels, output_hidden_states=True)
     torch.testing.assert_close(actual.hidden_states[-1], plain.hidden_states[-1])
-    assert open_beit(source, image_size=48).report.resized == ("backbone.relative_position_bias.table",)
+    name = "image_embeddings.position_embeddings" if kind == "absolute" else "relative_position_bias.table"
+    assert open_beit(source, image_size=size).report.resized == (f"backbone.{name}",)
+    if kind != "absolute":
+        table, heads = resized.backbone.relative_position_bias.table, SIZES["num_attention_heads"]
+        for layer in range(SIZES["num_hidden_layers"]):
+            module = source.shared_position_bias if kind == "shared" else source.layers[layer].relative_position_bias
+            wanted = resize_relative_bias_table(module.relative_position_bias_table, 4, size // 8)
+            assert torch.equal(table[: len(wanted), layer * heads : (layer + 1) * heads], wanted)
 
 
 def test_settings_that_the_tensors_fix():

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # in which a model can compute
 WRAPPERS = ("state_dict", "module", "model")  # keys under which training codes keep the tensors, in order
 
 
@@ -56,6 +57,9 @@ def _check_values(tensors: Mapping[str, Tensor], who: str) -> None:
     for name, tensor in tensors.items():
         if tensor.layout != torch.strided or tensor.is_quantized:
             raise ValueError(f"{who}: {name} must be a dense tensor, got layout {tensor.layout}")
+        if tensor.is_floating_point() and tensor.dtype not in FLOATS:
+            names = ", ".join(str(dtype).removeprefix("torch.") for dtype in FLOATS)
+            raise ValueError(f"{who}: {name} must be of {names} or integers, got {tensor.dtype}")
         # A few stored numbers can claim any shape by their strides; copying it would fill the memory.
         if not tensor.is_meta and tensor.untyped_storage().nbytes() < tensor.numel() * tensor.element_size():
             raise ValueError(f"{who}: {name} must be stored in full, got a view of shape {tuple(tensor.shape)}")

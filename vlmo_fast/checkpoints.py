@@ -13,6 +13,7 @@ import os
 import re
 from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -147,9 +148,12 @@ class Conversion:
     report: LoadingReport
 
     def build(self) -> VLMoPreTrainedModel:
-        """The model, in eval mode; what the checkpoint does not give is drawn from torch's global generator."""
+        """The model, in eval mode; what the checkpoint does not give is drawn from torch's global generator.
+
+        Its dtype is the tensors' own, or the one that holds them all: layers of several cannot run.
+        """
         model = _on_meta(self.report.task, self.config)
-        dtype = next(iter(self.tensors.values())).dtype
+        dtype = reduce(torch.promote_types, (x.dtype for x in self.tensors.values()))
         fresh = set(self.report.fresh)
         for prefix, module in model.named_modules():
             own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
@@ -158,7 +162,7 @@ class Conversion:
                     empty = torch.empty(tensor.shape, dtype=dtype)
                     setattr(module, name, torch.nn.Parameter(empty) if name in module._parameters else empty)
                 model._init_weights(module)
-        model.load_state_dict(self.tensors, strict=False, assign=True)
+        model.load_state_dict({name: x.to(dtype) for name, x in self.tensors.items()}, strict=False, assign=True)
         model.config.dtype = dtype
         return model.eval()
 
