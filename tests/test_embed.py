@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from test_processing import SIZES, WORDS, photo
 
 import vlmo_fast
-from vlmo_fast import VLMoConfig, VLMoProcessor, embed
+from vlmo_fast import VLMoConfig, VLMoProcessor, cli, embed
 
 ROOT = Path(__file__).parents[1]
 TEXTS = ["a melon", "boar", "a melon left of a boar", "a boar ?", "melon melon", "of", "left left left"]
@@ -126,8 +126,11 @@ def test_resumed_to_the_bit(collection, capsys, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(embed, "_save_part", stop)
-        with pytest.raises(KeyboardInterrupt):
-            run(capsys, collection, "out.safetensors", *both(collection))
+        arguments = [collection / "model", collection / "out.safetensors", *both(collection), "--part-size", 3]
+        with pytest.raises(SystemExit) as stopped:
+            cli.main(["embed", *map(str, arguments), "--batch-size", "2", "--json"])
+    assert stopped.value.code == 130
+    assert capsys.readouterr().err == "\nvlmo-fast embed: stopped\n"
     assert not (collection / "out.safetensors").exists()
     again = []
     monkeypatch.setattr(embed, "_save_part", lambda folder, part, *x: again.append(part) or save(folder, part, *x))
@@ -148,6 +151,12 @@ def test_another_run_is_not_resumed(collection, capsys, monkeypatch):
         assert "--restart forgets them" in refuse(capsys, *arguments, *change)
     (collection / "texts.txt").write_text("boar\n")
     assert "--restart forgets them" in refuse(capsys, *arguments)
+    pictures = (collection / "model", collection / "pictures.npy", "--images", collection / "photos")
+    with monkeypatch.context() as patch:
+        patch.setattr(embed, "_write", lambda *_: (_ for _ in ()).throw(OSError("the disk is full")))
+        assert "the disk is full" in refuse(capsys, *pictures)
+    photo(50, 50, seed=9).save(collection / "photos" / "0.png")  # the same name, another picture
+    assert "--restart forgets them" in refuse(capsys, *pictures)
     report = run(capsys, collection, "out.npy", "--texts", collection / "texts.txt", "--restart")
     assert (report["texts"], report["resumed_parts"]) == (1, 0)
     assert "OUT must be new (or take --restart)" in refuse(capsys, *arguments)

@@ -32,6 +32,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         result = import_module(_COMMANDS[args.command].module).main(args.arguments)
+    except KeyboardInterrupt:
+        parser.exit(130, f"\nvlmo-fast {args.command}: stopped\n")
     except ModuleNotFoundError as error:
         if (error.name or "vlmo_fast").startswith("vlmo_fast"):  # ours: a bug, not something to install
             raise

@@ -184,9 +184,14 @@ def _lines(path: Path) -> list[str]:
 
 def _fingerprint(args: argparse.Namespace, images: list[Path], texts: list[str]) -> str:
     files = sorted(args.model.iterdir()) if args.model.is_dir() else [args.model]
-    stamps = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.is_file()]
-    content = [stamps, [str(path) for path in images], texts, args.part_size, args.dtype, args.vocab]
+    stamps = [[(str(path), *_stamp(path)) for path in paths] for paths in (files, images)]
+    content = [*stamps, texts, args.part_size, args.dtype, args.vocab]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def _stamp(path: Path) -> tuple[int, ...]:
+    """What changes with a file's content; nothing where there is no file."""
+    return (path.stat().st_size, path.stat().st_mtime_ns) if path.is_file() else ()
 
 
 def _items(plan: Plan, part: tuple[str, int]) -> list[str]:
