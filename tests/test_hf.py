@@ -193,13 +193,15 @@ def test_start_from_pretraining(head, kind, tmp_path):
 
 
 @pytest.mark.parametrize("head", ["VLMoForImageTextRetrieval", "VLMoForPreTraining"])
-def test_logit_scales_start_where_configured(head, tmp_path):
+@pytest.mark.parametrize("options", [{}, {"logit_scale_init_value": 1.5}])
+def test_logit_scales_start_where_configured(head, options, tmp_path):
     build("VLMoForMaskedLM").save_pretrained(tmp_path)
-    model, info = report_of(head, tmp_path)
+    model, info = report_of(head, tmp_path, **options)
     scales = [name for name in info["missing_keys"] if name.endswith("logit_scale")]
     assert scales
     for name in scales:
-        assert model.get_parameter(name).item() == pytest.approx(math.log(1 / 0.07), rel=1e-6)
+        wanted = options.get("logit_scale_init_value", math.log(1 / 0.07))
+        assert model.get_parameter(name).item() == pytest.approx(wanted, rel=1e-6)
 
 
 def test_vision_language_stage_from_the_language_stage(tmp_path):
@@ -636,6 +638,37 @@ def test_other_image_sizes(head):
     assert model(**inputs, interpolate_pos_encoding=True).loss.isfinite()
 
 
+def test_other_image_sizes_in_masked_image_modelling():
+    model, inputs = build("VLMoForMaskedImageModeling"), batch("VLMoForMaskedImageModeling")
+    masked, labels = torch.rand(BATCH, 25) < 0.4, torch.randint(0, 13, (BATCH, 25))
+    larger = {
+        "pixel_values": F.pad(inputs["pixel_values"], (0, 16, 0, 16)),
+        "bool_masked_pos": masked,
+        "labels": labels,
+    }
+    with pytest.raises(ValueError, match="interpolate_pos_encoding=True accepts other sizes"):
+        model(**larger)
+    out = model(**larger, interpolate_pos_encoding=True)
+    torch.testing.assert_close(out.loss, F.cross_entropy(out.logits[masked], labels[masked]))
+
+
+def test_the_plain_model_is_its_backbone():
+    """Every argument reaches it."""
+    model = build("VLMoModel", num_image_types=2)
+    inputs = batch("VLMoForImageTextRetrieval")
+    text = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+    larger = F.pad(inputs["pixel_values"], (0, 16, 0, 16))
+    for arguments in (
+        text | {"use_vl_branch": True, "output_hidden_states": True},
+        text | {"pixel_values": inputs["pixel_values"], "image_type_ids": 2},
+        {"pixel_values": larger, "interpolate_pos_encoding": True, "cls_only": True},
+    ):
+        wanted, actual = model.backbone(**arguments)._asdict(), model(**arguments)
+        assert set(actual.keys()) == {name for name, value in wanted.items() if value is not None}
+        for name, value in actual.items():
+            torch.testing.assert_close(value, wanted[name], rtol=0, atol=0)
+
+
 @heads
 def test_misspelt_arguments_are_refused(head):
     with pytest.raises(TypeError):
@@ -647,12 +680,18 @@ def test_misspelt_arguments_are_refused(head):
 
 def test_pretraining_refuses():
     model, inputs = build("VLMoForPreTraining"), batch("VLMoForPreTraining")
+    at_padding = inputs["mlm_labels"].clone()
+    at_padding[0, int(inputs["attention_mask"][0].sum())] = 7  # the first token that is none
     cases = [
         ({name: x[:1] for name, x in inputs.items()}, "input_ids must hold at least 2 pairs .* got 1"),
         ({**inputs, "mlm_labels": None}, "input_ids_masked and mlm_labels must come together, got one of them"),
         ({**inputs, "input_ids_masked": None}, "input_ids_masked and mlm_labels must come together"),
         ({**inputs, "negative_text_ids": None}, "negative_image_ids and negative_text_ids must come together"),
         ({**inputs, "negative_image_ids": None}, "negative_image_ids and negative_text_ids must come together"),
+        ({**inputs, "mlm_labels": at_padding}, "mlm_labels must be -100 at padding, got something to predict there"),
+        ({**inputs, "attention_mask": inputs["attention_mask"] * 0}, r"attention_mask must keep \[CLS\] and have its"),
+        ({**inputs, "attention_mask": inputs["attention_mask"].flip(1)}, r"attention_mask must keep \[CLS\] and have"),
+        ({**inputs, "attention_mask": inputs["attention_mask"][:, 1:]}, r"attention_mask must be \(4, 6\) like"),
     ]
     for arguments, message in cases:
         with pytest.raises(ValueError, match=f"^VLMoForPreTraining: {message}"):
@@ -809,11 +848,17 @@ def test_retrieval():
     assert torch.equal(out.logits_per_text, out.logits_per_image.t())
     assert out.loss is None
     torch.testing.assert_close(out.logits_per_image, out.image_embeds @ out.text_embeds.t() / 0.07)
+    for row, length in enumerate(inputs["attention_mask"].sum(dim=1).tolist()):  # padding is not read
+        alone = model.backbone(inputs["input_ids"][row : row + 1, :length])
+        torch.testing.assert_close(out.text_embeds[row : row + 1], alone.text_embeds)
     labels = torch.tensor([1, 0, 1, 0, 0])
     pairs = model(**inputs, use_itm_head=True, labels=labels)
     assert pairs.itm_score.shape == (5, 2)
     assert pairs.logits_per_image is None
     torch.testing.assert_close(pairs.loss, F.cross_entropy(pairs.itm_score, labels))
+    length = int(inputs["attention_mask"][1].sum())
+    pooled = model.backbone(inputs["input_ids"][1:2, :length], pixel_values=inputs["pixel_values"][1:2]).pooler_output
+    torch.testing.assert_close(pairs.itm_score[1:2], model.itm_head(pooled))
     assert model(**inputs, use_itm_head=True).loss is None
     with pytest.raises(ValueError, match="labels must come with use_itm_head=True"):
         model(**inputs, labels=labels)

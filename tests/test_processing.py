@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -19,6 +19,7 @@ from transformers import (
     AutoModelForZeroShotImageClassification,
     AutoProcessor,
     AutoTokenizer,
+    pipeline,
 )
 
 import vlmo_fast
@@ -109,6 +110,14 @@ def test_berts_vocabulary():
     assert tokenizer.model_max_length == 40
 
 
+def test_vocabularies_with_capitals(tmp_path):
+    (tmp_path / "vocab.txt").write_text("\n".join([*WORDS, "Melon"]))
+    config = VLMoConfig(**{**SIZES, "vocab_size": len(WORDS) + 1})
+    for lower, ids in ((True, [2, 6, 6, 3]), (False, [2, 12, 6, 3])):
+        tokenizer = VLMoProcessor.from_vocabulary(tmp_path / "vocab.txt", config, do_lower_case=lower).tokenizer
+        assert tokenizer("Melon melon")["input_ids"] == ids
+
+
 def test_refused_vocabularies(vocabulary, tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match="VLMoProcessor: vocabulary must be a file"):
         VLMoProcessor.from_vocabulary(tmp_path / "none.txt")
@@ -166,6 +175,35 @@ def test_auto_classes(auto, head, tmp_path):
     assert all(torch.equal(x, model.state_dict()[name]) for name, x in again.state_dict().items())
 
 
+def test_pipelines(processor, tmp_path):
+    """transformers' own pipelines, from the folder alone: what the model itself says."""
+    names = {0: "melon", 1: "boar"}
+    config = VLMoConfig(
+        **SIZES, num_labels=2, id2label=names, label2id={word: number for number, word in names.items()}
+    )
+    models = {}
+    for task, head in (
+        ("zero-shot-image-classification", "VLMoForImageTextRetrieval"),
+        ("image-classification", "VLMoForImageClassification"),
+    ):
+        models[task] = getattr(vlmo_fast, head)(config).eval()
+        models[task].save_pretrained(tmp_path / task)
+        processor.save_pretrained(tmp_path / task)
+
+    def scores(task: str, *arguments, **options) -> list[float]:
+        answer = pipeline(task, str(tmp_path / task))(*arguments, **options)
+        return [entry["score"] for word in names.values() for entry in answer if entry["label"] == word]
+
+    pictures = processor(images=photo(), return_tensors="pt")
+    texts = processor(text=[f"a {word} ?" for word in names.values()], return_tensors="pt")
+    with torch.no_grad():
+        logits = models["zero-shot-image-classification"](**pictures, **texts).logits_per_image[0]
+        classes = models["image-classification"](**pictures).logits[0]
+    options = {"candidate_labels": list(names.values()), "hypothesis_template": "a {} ?"}
+    assert scores("zero-shot-image-classification", photo(), **options) == pytest.approx(logits.softmax(0).tolist())
+    assert scores("image-classification", photo()) == pytest.approx(classes.softmax(0).tolist())
+
+
 def test_sentence_transformers(processor, tmp_path):
     """The files that it wrote itself (6.2.0) for such a model; where it is installed, it loads them."""
     model = vlmo_fast.VLMoModel(VLMoConfig(**SIZES)).eval()
@@ -177,6 +215,9 @@ def test_sentence_transformers(processor, tmp_path):
     processor.save_pretrained(tmp_path)
     describe_for_sentence_transformers(tmp_path)
     transformer = json.loads((tmp_path / "sentence_bert_config.json").read_text())
+    assert json.loads((tmp_path / "config_sentence_transformers.json").read_text())["similarity_fn_name"] == "cosine"
+    (module,) = json.loads((tmp_path / "modules.json").read_text())
+    assert (module["path"], module["type"].rpartition(".")[2]) == ("", "Transformer")
     for modality, parameters in transformer["modality_config"].items():
         content = {"text": ["a melon"]} if modality == "text" else {"images": [photo()]}
         inputs = processor(**content, return_tensors="pt")
@@ -214,6 +255,31 @@ def test_the_processor_augments_on_request(processor):
         processor(images=photo(), do_augment=True, size={"height": 9, "width": 8})
 
 
+def test_an_image_processor_that_always_augments(tmp_path):
+    """Saved with the setting; one call may say otherwise, or another size."""
+    VLMoImageProcessor(size={"height": 48, "width": 48}, do_augment=True).save_pretrained(tmp_path)
+    always, plain = VLMoImageProcessor.from_pretrained(tmp_path), VLMoImageProcessor(size={"height": 48, "width": 48})
+    draws = [always(photo(), return_tensors="pt")["pixel_values"] for _ in range(3)]
+    assert len({draw.numpy().tobytes() for draw in draws}) == 3
+    resized = plain(photo(), return_tensors="pt")["pixel_values"]
+    assert torch.equal(always(photo(), do_augment=False, return_tensors="pt")["pixel_values"], resized)
+    assert always(photo(), size=32, return_tensors="pt")["pixel_values"].shape == (1, 3, 32, 32)
+
+
+def test_what_is_left_of_a_picture_without_operations():
+    """All of it, resized as in evaluation; a mirror image half of the time."""
+    augment_ = TrainingAugmentation(32, scale=(1, 1), num_operations=0, generator=torch.Generator().manual_seed(0))
+    picture = photo(80, 80)
+    plain = picture.resize((32, 32), Image.Resampling.BICUBIC)
+    forms = [np.asarray(plain), np.asarray(ImageOps.mirror(plain))]
+    counts = [0, 0]
+    for _ in range(200):
+        result = np.asarray(augment_(picture))
+        (form,) = [number for number, array in enumerate(forms) if np.array_equal(result, array)]
+        counts[form] += 1
+    assert 70 < counts[1] < 130
+
+
 def test_augmentation_follows_its_generator():
     make = lambda seed: TrainingAugmentation(32, generator=torch.Generator().manual_seed(seed))
     first, second, third = (np.asarray(make(seed)(photo())) for seed in (1, 1, 2))
@@ -225,15 +291,21 @@ def test_crops_keep_half_to_all_of_the_area():
     """Within the picture, of 3:4 to 4:3, spread over the whole range, in pictures of any shape."""
     crop = TrainingAugmentation(32, generator=torch.Generator().manual_seed(0))
     for width, height in ((80, 60), (500, 400), (60, 80)):
-        shares = []
+        shares, ratios, places = [], [], []
         for _ in range(400):
             left, top, right, bottom = crop._box(width, height)
             assert 0 <= left < right <= width
             assert 0 <= top < bottom <= height
             shares.append((right - left) * (bottom - top) / (width * height))
-            assert 0.7 < (right - left) / (bottom - top) < 1.4
+            ratios.append((right - left) / (bottom - top))
+            places.append((left / (width - right + left + 1), top / (height - bottom + top + 1)))
         assert 0.49 < min(shares) < 0.53
         assert 0.9 < max(shares) <= 1
+        assert 0.7 < min(ratios) < 0.8
+        assert 1.25 < max(ratios) < 1.4
+        for sides in zip(*places, strict=True):  # from one edge to the other
+            assert min(sides) < 0.05
+            assert max(sides) > 0.9
     left, top, right, bottom = crop._box(1000, 10)  # no crop of that shape fits: the middle
     assert (left, right, top, bottom) == (493, 506, 0, 10)
 
@@ -258,6 +330,46 @@ def test_operations():
     assert np.abs(left[:, 10:40] - before[:, 12:42]).mean() < 6
     bright = np.asarray(augment._OPERATIONS[3](image, 0.7, 1)).astype(int)
     assert np.abs(bright - np.clip(before * 1.36, 0, 255)).max() <= 1
+
+
+def centre(image: Image.Image) -> np.ndarray:
+    """(x, y) of what is brighter than gray."""
+    weight = np.clip(np.asarray(image).astype(float).mean(-1) - 128, 0, None)
+    return (
+        np.array([(weight.sum(axis) * (np.arange(weight.shape[1 - axis]) + 0.5)).sum() for axis in (0, 1)])
+        / weight.sum()
+    )
+
+
+@pytest.mark.parametrize("sign", [-1, 1])
+def test_operations_move_by_their_ranges(sign):
+    """A spot's way: 0.3 a pixel sheared, 10 / 224 of the side translated, 30 degrees rotated, at full strength."""
+    image = Image.new("RGB", (200, 200), augment.GRAY)
+    image.paste((255, 255, 255), (130, 50, 140, 60))
+    x, y = start = centre(image)
+    assert (x, y) == (135, 55)
+    angle, side = np.radians(30 * sign), sign * 200 * 10 / 224
+    from_middle = start - 100
+    rotated = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]]) @ from_middle + 100
+    ways = {5: (x - sign * 0.3 * y, y), 6: (x, y - sign * 0.3 * x), 7: (x - side, y), 8: (x, y - side), 9: rotated}
+    for number, wanted in ways.items():
+        moved = centre(augment._OPERATIONS[number](image, 1.0, sign))
+        assert np.abs(moved - wanted).max() < 0.6, number
+
+
+def test_operations_on_colours():
+    """Brightness scales; sharpness leaves what is flat; autocontrast and equalisation use the whole range."""
+    image = Image.new("RGB", (48, 48), (60, 60, 60))
+    image.paste((90, 90, 90), (24, 0, 48, 48))
+    _, contrast, equalize, brightness, sharpness, *_ = (np.asarray(op(image, 0.7, 1)) for op in augment._OPERATIONS)
+    for stretched in (contrast, equalize):
+        assert (stretched[:, :20] == stretched[0, 0]).all()
+        assert int(stretched[0, 40, 0]) - int(stretched[0, 0, 0]) > 30
+    assert set(np.unique(contrast)) == {0, 255}
+    assert (brightness[0, 0] == 81).all()  # 0.1 + 1.8 * 0.7
+    assert (sharpness[4:-4, 4:20] == 60).all()
+    assert (sharpness[4:-4, 28:-4] == 90).all()
+    assert sharpness[24, 22:26, 0].min() < 60
 
 
 def test_strength_and_count_of_operations(monkeypatch):
