@@ -14,7 +14,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 import vlmo_fast
-from vlmo_fast import VLMoConfig
+from vlmo_fast import MoMEConfig, VLMoConfig
 from vlmo_fast.hf import modeling
 from vlmo_fast.ops import _attention, _packed_attention
 
@@ -104,6 +104,17 @@ def batch(head: str, size: int = BATCH) -> dict[str, torch.Tensor]:
 
 def fields(output) -> dict[str, torch.Tensor]:
     return {name: value for name, value in output.items() if isinstance(value, torch.Tensor)}
+
+
+def test_presets():
+    """Those of the backbone, with any field overridden, of the preset too."""
+    for name in ("base", "base_plus", "large"):
+        assert VLMoConfig.from_preset(name).mome == MoMEConfig.from_preset(name)
+    config = VLMoConfig.from_preset("large", hidden_size=512, num_attention_heads=8, num_labels=3)
+    assert (config.hidden_size, config.num_hidden_layers, config.num_labels) == (512, 24, 3)
+    assert config.intermediate_size == 2048
+    with pytest.raises(ValueError, match=r"VLMoConfig\.from_preset: name must be one of .*'base_plus'.* got 'huge'"):
+        VLMoConfig.from_preset("huge")
 
 
 # Files
@@ -518,6 +529,9 @@ def test_registered_attention_functions(head, kind, registered):
 def test_registered_functions_on_every_path(kind, cls_only, registered):
     """Images, texts and pairs, with a mask and without, with the vision-language branch, padding tokens included."""
     model = build("VLMoModel", position_embedding_type=kind)
+    with torch.no_grad():  # relative positions begin at zero
+        for parameter in model.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
     inputs = batch("VLMoForImageTextRetrieval")
     del inputs["return_loss"]
     for names in (["pixel_values"], ["input_ids"], ["input_ids", "attention_mask"], list(inputs)):

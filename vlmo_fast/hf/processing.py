@@ -12,7 +12,7 @@ from PIL import Image
 from transformers import BatchFeature, BertTokenizer
 from transformers.image_processing_backends import PilBackend
 from transformers.image_utils import make_flat_list_of_images
-from transformers.processing_utils import ImagesKwargs, ProcessorMixin
+from transformers.processing_utils import ImagesKwargs, ProcessingKwargs, ProcessorMixin
 
 from vlmo_fast.hf.augment import TrainingAugmentation
 from vlmo_fast.hf.configuration import VLMoConfig
@@ -77,6 +77,12 @@ def _to_pil(image: Any) -> Image.Image:
     return Image.fromarray(array.squeeze(-1) if array.ndim == 3 and array.shape[2] == 1 else array)
 
 
+class VLMoProcessorKwargs(ProcessingKwargs, total=False):  # type: ignore[call-arg]
+    """The options of transformers' processors, with defaults in the form that all releases of transformers read."""
+
+    _defaults = {"text_kwargs": {"padding": True, "truncation": True}}  # noqa: RUF012 -- transformers' own form
+
+
 class VLMoProcessor(ProcessorMixin):
     """Pictures and sentences to a model's inputs, `pixel_values`, `input_ids` and `attention_mask`.
 
@@ -92,7 +98,7 @@ class VLMoProcessor(ProcessorMixin):
         >>> model(**processor(images=image, text=["a cat on a mat"], return_tensors="pt"))
     """
 
-    text_kwargs = {"padding": True, "truncation": True}  # noqa: RUF012 -- transformers' own form of this attribute
+    valid_processor_kwargs = VLMoProcessorKwargs
 
     def __init__(self, image_processor: Any = None, tokenizer: Any = None, **kwargs: Any) -> None:
         super().__init__(image_processor, tokenizer, **kwargs)
