@@ -6,13 +6,18 @@
     pytest benchmarks -k ffn              one family, everything that this machine can run
 
 `--results FILE` says where the JSON goes (else `.benchmarks/<date>-<commit>.json`); `--keep` puts it where the report
-reads it, `benchmarks/results/<machine>/`. `python -m benchmarks.report` then makes tables, plots and the page.
+reads it, `benchmarks/results/<machine>/`; `--resume` with `--results` leaves out what stands in FILE and adds the rest.
+`python -m benchmarks.report` then makes tables, plots and the page.
+
+A kernel that crashes takes the CUDA context along, and with it every later benchmark of the process: the run then stops
+with exit status 75. One that hangs ends the process after two minutes. `--resume` goes on with the benchmark after it.
 """
 
 from __future__ import annotations
 
+import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -21,10 +26,12 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.harness import PROFILES, ROOT, Bench, Results, machine_name
+from benchmarks.harness import PROFILES, ROOT, Bench, Results, machine_name, synchronize
 
 RESULTS = pytest.StashKey[Results]()
 STARTED = pytest.StashKey[float]()
+DEVICE_LOST = 75  # exit status: what comes next needs a process of its own
+HANGS = 120  # seconds that no benchmark on a GPU takes
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -41,24 +48,41 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--seconds", type=float, default=None, metavar="SECONDS", help="time for the rounds of one group")
     group.addoption("--keep", action="store_true", help="write the JSON file to benchmarks/results/, for the report")
     group.addoption("--results", type=Path, default=None, metavar="FILE", help="the JSON file to write")
+    group.addoption("--resume", action="store_true", help="run only what is not in --results FILE, and add it there")
+    group.addoption("--commit", default=None, metavar="ID", help="the checkout's commit, where git is not there to ask")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if config.option.profile == "gpu" and not torch.cuda.is_available():
+    options = config.option
+    if options.profile == "gpu" and not torch.cuda.is_available():
         raise pytest.UsageError(f"--gpu needs a CUDA device; torch {torch.__version__} finds none")
+    if options.resume and options.results is None:
+        raise pytest.UsageError("--resume needs --results FILE")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    profile = config.option.profile
+    profile, done = config.option.profile, measured(config)
+    on_gpu = torch.cuda.is_available() and profile != "cpu"
+    # A thread, since a process that waits for the device hears no signal.
+    limit = pytest.mark.timeout(HANGS, method="thread", func_only=True) if on_gpu else pytest.mark.timeout(3600)
     chosen, others = [], []
     for item in items:
-        item.add_marker(pytest.mark.timeout(3600))
-        (chosen if profile is None or profile in profiles(item) else others).append(item)
+        item.add_marker(limit)
+        wanted = (profile is None or profile in profiles(item)) and item.nodeid not in done
+        (chosen if wanted else others).append(item)
     if profile is not None:
         chosen.sort(key=lambda item: profiles(item)[profile])
     if others:
         config.hook.pytest_deselected(items=others)
     items[:] = chosen
+
+
+def measured(config: pytest.Config) -> set[str]:
+    """What --resume leaves out: benchmarks that stand in the results file, however they ended."""
+    path = config.option.results
+    if not config.option.resume or not path.is_file():
+        return set()
+    return {group["benchmark"] for group in json.loads(path.read_text(encoding="utf-8"))["groups"]}
 
 
 def profiles(item: pytest.Item) -> dict[str, int]:
@@ -78,7 +102,7 @@ def extensions_built() -> None:
 
 
 @pytest.fixture
-def bench(request: pytest.FixtureRequest, benchmark: Any, extensions_built: None) -> Bench:
+def bench(request: pytest.FixtureRequest, benchmark: Any, extensions_built: None) -> Iterator[Bench]:
     """The door to the harness: `bench.group(...)`."""
     config = request.config
     options = config.option
@@ -93,7 +117,12 @@ def bench(request: pytest.FixtureRequest, benchmark: Any, extensions_built: None
     if options.seconds is not None:
         settings = replace(settings, seconds=options.seconds)
     if RESULTS not in config.stash:
-        results = Results(options.results, profile, device)
+        results = Results(options.results, profile, device, options.commit)
+        if options.resume and results.path.is_file():
+            try:
+                results.resume()
+            except ValueError as error:
+                pytest.exit(str(error), returncode=pytest.ExitCode.USAGE_ERROR)
         if benchmark.enabled and results.path is None:
             folder = ROOT / ".benchmarks"
             if options.keep:
@@ -102,7 +131,16 @@ def bench(request: pytest.FixtureRequest, benchmark: Any, extensions_built: None
             results.path = folder / f"{now}-{(results.data['commit']['id'] or 'unknown')[:8]}.json"
         config.stash[RESULTS] = results
     torch.manual_seed(0)
-    return Bench(config.stash[RESULTS], settings, device, benchmark, _writer(config))
+    yield Bench(config.stash[RESULTS], settings, device, benchmark, _writer(config))
+    leave(device)
+
+
+def leave(device: torch.device) -> None:
+    """End the process if a kernel took the CUDA context along."""
+    try:
+        synchronize(device)
+    except RuntimeError as error:
+        pytest.exit(f"the GPU no longer answers: {str(error).splitlines()[0]}", returncode=DEVICE_LOST)
 
 
 def _writer(config: pytest.Config) -> Callable[[str], None]:

@@ -34,18 +34,20 @@ What `run` does, in this order:
 1. Makes the buffers: as many as exceed the last cache, so that no contender meets its inputs warm. All share them.
 2. Runs the oracle in float64 on the first and the last buffer. With `gradients`, all get one seeded upstream gradient.
 3. Calls each contender once on the first buffer and compares *every* output and gradient: relative Frobenius error, and
-   the worst row. Beyond the cap of the dtype the benchmark fails; inside, the error is stored beside the time. A
-   contender that changes its inputs fails too.
-4. Measures its peak memory in one more call: bytes beyond what was there before, and how many of those are its results.
-   CUDA: torch's allocator. CPU: the high-water mark of the process's resident memory, which the kernel keeps and which
-   sees every allocator; free heap pages are handed back and the mark reset before the call (Linux only, else None).
+   the worst row. Inside the cap of the dtype the error is stored beside the time. Beyond it the contender is not timed
+   and the benchmark fails, after the others have been measured. So it does if a contender changes its inputs.
+4. Measures its peak memory in one more call (where calls are long, in the first): bytes beyond what was there before,
+   and how many of those are its results. CUDA: torch's allocator. CPU: the high-water mark of the process's resident
+   memory, which the kernel keeps and which sees every allocator; free heap pages are handed back and the mark reset
+   before the call (Linux only, else None).
 5. Times all contenders in turn, round by round, in an order that rotates: a slow minute of the machine hits all alike.
    A sample loops over the buffers until it lasts long enough, then synchronises; all samples are stored.
 6. Checks the last timed result of each contender, on the last buffer: what was timed is what is right.
 7. Measures the matmul and the copy ceiling before and after; their change, the samples' change over the rounds and the
    CPU time that other processes took meanwhile are stored as well.
 
-Nothing here asserts a time: a promise that is not met is stored as not met, and the report shows it.
+Nothing here asserts a time: a promise that is not met is stored as not met, and the report shows it. A group that kills
+the process, or hangs until somebody does, stands in the file as one that did not end; `--resume` goes on behind it.
 """
 
 from __future__ import annotations
@@ -182,6 +184,7 @@ class Group:
         dtype: torch.dtype,
         settings: Settings,
         once: bool,
+        long: bool,
         memory: bool,
         eager: Callable[..., Any] | None,
     ) -> None:
@@ -189,11 +192,12 @@ class Group:
         self.bench, self.family, self.case = bench, family, case
         self.inputs, self.oracle, self.axes, self.x, self.work = inputs, oracle, dict(axes), x, work
         self.gradients, self.num_buffers, self.dtype, self.settings = tuple(gradients), num_buffers, dtype, settings
-        self.once, self.memory = once, memory
+        self.once, self.long, self.memory = once, long, memory
         self._sides: dict[Any, _Side] = {}
         self._contenders: list[_Contender] = []
         self._promises: list[dict[str, Any]] = []
         self.skipped: list[dict[str, str]] = []
+        self.failures: list[Exception] = []
 
     @property
     def name(self) -> str:
@@ -211,8 +215,9 @@ class Group:
             name: unique in the group.
             function: called as `function(**inputs)`; returns tensors like the oracle's, in any nesting.
             **options: `make`: `function()` is called first and returns the contender, so that imports and compilation
-                happen only if it runs; `requires`: modules without which it is skipped, the reason stored;
-                `may_refuse`: exceptions of the first call that mean "not on this machine", stored as the reason too;
+                happen only if it runs; `requires`: other packages' modules, without which it is skipped, the reason
+                stored, as it is when they are there and their first call raises anything at all; `may_refuse`:
+                exceptions of the first call that mean "not on this machine", for all others;
                 `slow_start`: left out of --quick; `oracle`: its own, where it answers the question in another way;
                 `layout`: `layout(**inputs)` gives its own form of the inputs (padded, stacked), made before the clock
                 runs; its oracle then gets that form, too.
@@ -285,13 +290,19 @@ class Group:
         Raises:
             AssertionError: a contender computes something else.
         """
+        self.bench.begin(self._describe() | {"failure": "did not end: the process died, or its time was up"})
         try:
             record = self._run()
         except Exception as error:
-            self.bench.store(self._describe() | {"failure": f"{type(error).__name__}: {error}"})
-            raise
+            self.failures.append(error)
+            record = self._describe()
+        if self.failures:
+            record["failure"] = "; ".join(f"{type(error).__name__}: {error}" for error in self.failures)
         self.bench.store(record)
-        self.bench.show(self, record)
+        if "contenders" in record:
+            self.bench.show(self, record)
+        if self.failures:
+            raise self.failures[0]
         return record
 
     def _run(self) -> dict[str, Any]:
@@ -301,13 +312,13 @@ class Group:
         self._sides[self.oracle, None] = self._sides[None]
         ceilings = [measure_ceilings(device, self.dtype)]
         clock = _CpuClock()
-        contenders = [contender for contender in self._contenders if self._prepare(contender)]
+        contenders = [contender for contender in self._contenders if self._or_fail(contender, self._prepare)]
         if not self.bench.timed:
             return self._describe() | {"contenders": [self._summary(c) for c in contenders], "promises": []}
 
         if not self.once:
             clock = _CpuClock()
-            self._rounds(contenders)
+            contenders = self._rounds(contenders)
         others = clock.share_of_others()
         ceilings.append(measure_ceilings(device, self.dtype))
 
@@ -327,7 +338,16 @@ class Group:
             "promises": [_judged(promise, summaries) for promise in self._promises],
         }
 
-    def _rounds(self, contenders: list[_Contender]) -> None:
+    def _or_fail(self, contender: _Contender, step: Callable[[_Contender], bool]) -> bool:
+        """Whether a contender goes on: a wrong one gets no figures, and fails the benchmark after the rest has run."""
+        try:
+            return step(contender)
+        except Exception as error:
+            self.failures.append(error)
+            self.skipped.append({"name": contender.name, "reason": f"failed: {type(error).__name__}"})
+            return False
+
+    def _rounds(self, contenders: list[_Contender]) -> list[_Contender]:
         """Time all in turn, then hold the last timed result of each to the oracle, on the last buffer."""
         deadline = time.perf_counter() + self.settings.seconds
         results: dict[str, dict[str, Tensor]] = {}
@@ -343,18 +363,23 @@ class Group:
                     results[contender.name] = last
                 del last
             rounds += 1
-        for contender in contenders:
+
+        def still_right(contender: _Contender) -> bool:
             if contender.role == "yardstick":
-                continue
+                return True
             side = self._side(contender)
             count = len(side.buffers)
             if count > 1:  # one more sample, such that its last call is on the last buffer
                 contender.seen = count - contender.calls % count
                 results[contender.name] = self._sample(contender)[1]
             self._check(contender, results.pop(contender.name), self._expected(side, count - 1))
+            return True
+
+        return [contender for contender in contenders if self._or_fail(contender, still_right)]
 
     def _describe(self) -> dict[str, Any]:
         return {
+            "benchmark": getattr(self.bench.benchmark, "fullname", None),
             "family": self.family,
             "case": self.case,
             "name": self.name,
@@ -452,20 +477,20 @@ class Group:
         def call() -> None:
             results.update(self._results(contender, 0))
 
+        refusals = (Exception,) if contender.requires else contender.may_refuse
         versions = [tensor._version for _, tensor in _tensors(side.buffers[0])]
         try:
             if contender.make:
                 contender.function = contender.function()
-            if self.once:
+            if self.once or self.long:
                 contender.peak_bytes, seconds = peak_memory(call, device)
-                contender.samples.append(seconds)
             else:
                 call()
                 synchronize(device)
         except torch.OutOfMemoryError:
             torch.cuda.empty_cache()
             return skip("out of memory")
-        except contender.may_refuse as error:
+        except refusals as error:
             return skip(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:300])
         if versions != [tensor._version for _, tensor in _tensors(side.buffers[0])]:
             raise AssertionError(f"{self.name}: {contender.name} changes its inputs")
@@ -473,9 +498,12 @@ class Group:
             self._check(contender, results, expected)
         contender.result_bytes = sum(tensor.nbytes for tensor in results.values())
         results.clear()
-        if self.bench.timed and not self.once:
-            contender.peak_bytes, seconds = peak_memory(call, device)
-            results.clear()
+        if self.once:
+            contender.samples.append(seconds)
+        elif self.bench.timed:
+            if not self.long:
+                contender.peak_bytes, seconds = peak_memory(call, device)
+                results.clear()
             if seconds < settings.sample_seconds:
                 seconds = min(self._sample(contender)[0] for _ in range(2))
             contender.calls = max(1, math.ceil(settings.sample_seconds / seconds))
@@ -506,8 +534,10 @@ class Group:
                 f"{self.name}: {contender.name} returns {sorted(results)}, the oracle {sorted(expected)}"
             )
         for name, reference in expected.items():
-            cap, row_cap = self._caps(contender, name)
             frobenius, worst_row = relative_error(results[name], reference)
+            cap, row_cap = CAPS[self.dtype]
+            if self.eager is not None and not (frobenius <= cap and worst_row <= row_cap):
+                cap, row_cap = self._wider_caps(contender, name)
             if not (frobenius <= cap and worst_row <= row_cap):  # NaN fails
                 raise AssertionError(
                     f"{self.name}: {contender.name} computes something else: {name} has relative error {frobenius:.2e} "
@@ -516,17 +546,16 @@ class Group:
             before = contender.errors.get(name, (0.0, 0.0))
             contender.errors[name] = (max(frobenius, before[0]), max(worst_row, before[1]))
 
-    def _caps(self, contender: _Contender, name: str) -> tuple[float, float]:
-        """Bounds of the relative error of a result, and of its worst row."""
-        caps = CAPS[self.dtype]
-        if self.eager is None:
-            return caps
+    def _wider_caps(self, contender: _Contender, name: str) -> tuple[float, float]:
+        """Bounds that follow from what eager itself errs in the dtype."""
+        assert self.eager is not None
         side = self._side(contender)
         if not side.eager_errors:
             expected = self._expected(side, 0)
             results = self._call(side, self.eager, side.buffers[0])
             side.eager_errors = {name: relative_error(results[name], expected[name]) for name in expected}
-        frobenius, worst_row = (max(cap, min(2 * e, 0.9)) for cap, e in zip(caps, side.eager_errors[name], strict=True))
+        errors = zip(CAPS[self.dtype], side.eager_errors[name], strict=True)
+        frobenius, worst_row = (max(cap, min(2 * error, 0.9)) for cap, error in errors)
         return frobenius, worst_row
 
     def _summary(self, contender: _Contender, ceilings: Mapping[str, float] | None = None) -> dict[str, Any]:
@@ -592,6 +621,7 @@ class Bench:
         seconds: float | None = None,
         min_rounds: int | None = None,
         once: bool = False,
+        long: bool = False,
         memory: bool = True,
         eager: Callable[..., Any] | None = None,
     ) -> Group:
@@ -611,6 +641,7 @@ class Bench:
             seconds: time for the rounds; None for the profile's.
             min_rounds: rounds even where they take longer; None for the profile's.
             once: for what takes minutes: each contender runs a single time, checked and measured in that one call.
+            long: a call takes many seconds: memory is measured in the first one, not in one more.
             memory: whether this process's memory says anything about the contenders.
             eager: for long computations, the oracle's in the inputs' own dtype: twice its error is then allowed where
                 that exceeds the cap of the dtype, but never an error of 0.9 (zeros make 1).
@@ -632,13 +663,18 @@ class Bench:
             dtype,
             settings,
             once,
+            long,
             memory,
             eager,
         )
 
-    def store(self, record: dict[str, Any]) -> None:
-        """Put a group's record into the results file and, row by row, into pytest-benchmark's table."""
+    def begin(self, record: dict[str, Any]) -> None:
+        """Put into the results file what stands there if the group never ends."""
         self.results.add(record)
+
+    def store(self, record: dict[str, Any]) -> None:
+        """Put a group's record in place of its first one and, row by row, into pytest-benchmark's table."""
+        self.results.replace(record)
         if self.benchmark is None:
             return
         self.benchmark._mode = "bench"  # its own clock is not used: the rows come from here
@@ -663,22 +699,50 @@ class Bench:
 
 
 class Results:
-    """The results file: rewritten after each group, so that an interrupted run keeps what it measured."""
+    """The results file: written anew before and after each group, so that an interrupted run keeps what it measured.
 
-    def __init__(self, path: Path | None, profile: str, device: torch.device) -> None:
+    Args:
+        path: the file; None writes none.
+        profile: "quick", "cpu", "gpu" or "all".
+        device: what is measured.
+        identity: the commit, where git cannot be asked.
+    """
+
+    def __init__(self, path: Path | None, profile: str, device: torch.device, identity: str | None = None) -> None:
         self.path = path
         self.data: dict[str, Any] = {
             "schema": SCHEMA,
             "profile": profile,
             "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "commit": commit(),
+            "commit": {"id": identity, "changed": None} if identity else commit(),
             "machine": machine(device),
             "groups": [],
         }
 
+    def resume(self) -> None:
+        """Take over the groups of the run that wrote the file.
+
+        Raises:
+            ValueError: another profile, commit or machine was measured.
+        """
+        assert self.path is not None
+        earlier = json.loads(self.path.read_text(encoding="utf-8"))
+        for key in ("schema", "profile", "commit", "machine"):
+            if earlier[key] != json.loads(json.dumps(self.data[key])):
+                raise ValueError(f"--resume: {self.path} must be of the same {key}, got {earlier[key]}")
+        self.data = earlier
+
     def add(self, record: dict[str, Any]) -> None:
         """Append a record and write the file."""
         self.data["groups"].append(record)
+        self._write()
+
+    def replace(self, record: dict[str, Any]) -> None:
+        """Put a record in place of the last one and write the file."""
+        self.data["groups"][-1] = record
+        self._write()
+
+    def _write(self) -> None:
         if self.path is None:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -763,12 +827,13 @@ def table(record: dict[str, Any]) -> str:
         low, high = contender["quartiles"]
         peak = "-" if contender["peak_bytes"] is None else f"{contender['peak_bytes'] / 2**20:.1f} MiB"
         share = contender["of_matmul_ceiling"]
+        error = "-" if contender["error"] is None else f"{contender['error']:.1e}"
         lines.append(
             f"  {contender['name']:<28} {contender['median'] * 1e3:>10.3f} ms "
             f"±{(high - low) / 2 / contender['median']:>4.0%} {contender['median'] / base['median']:>6.2f}x "
             f"{contender['rate']:>12,.0f} {record['work']['unit']}/s "
             f"{'' if share is None else f'{share:.0%} of matmul'} {peak} "
-            f"{'yardstick' if contender['error'] is None else format(contender['error'], '.1e')}"
+            f"{'yardstick' if contender['role'] == 'yardstick' else error}"
         )
     lines += [f"  {skip['name']:<28} skipped: {skip['reason']}" for skip in record["skipped"]]
     for promise in record["promises"]:
@@ -901,8 +966,8 @@ def machine(device: torch.device) -> dict[str, Any]:
     except (OSError, ValueError):
         pass
     versions = {"python": platform.python_version(), "torch": torch.__version__}
-    for name in ("triton", "transformers", "xformers"):
-        versions[name] = importlib.metadata.version(name) if importlib.util.find_spec(name) else None
+    peers = ("xformers", "open-clip-torch", "inf-cl", "cut-cross-entropy", "liger-kernel")
+    versions |= {name: _installed(name) for name in ("triton", "transformers", *peers)}
     gpu = None
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
@@ -924,6 +989,13 @@ def machine(device: torch.device) -> dict[str, Any]:
         "versions": versions,
         "extensions": [name for name in extensions.NAMES if extensions.is_built(name)],
     }
+
+
+def _installed(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def machine_name(description: Mapping[str, Any]) -> str:

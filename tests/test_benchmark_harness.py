@@ -70,7 +70,10 @@ def test_a_peer_that_computes_something_else_fails(bench):
     group.peer("tanh", lambda x, scale: {"y": scale * F.gelu(x, approximate="tanh")})
     with pytest.raises(AssertionError, match=r"tanh computes something else: y has relative error .* against float64"):
         group.run()
-    assert "tanh computes something else" in bench.results.data["groups"][0]["failure"]
+    (record,) = bench.results.data["groups"]
+    assert "tanh computes something else" in record["failure"]
+    assert [c["name"] for c in record["contenders"]] == ["ours"]  # who is right is measured all the same
+    assert record["skipped"] == [{"name": "tanh", "reason": "failed: AssertionError"}]
 
 
 def test_half_precision_may_err_twice_as_much_as_eager_but_never_be_garbage(bench):
@@ -92,6 +95,7 @@ def test_half_precision_may_err_twice_as_much_as_eager_but_never_be_garbage(benc
     with pytest.raises(AssertionError, match="something else"):
         run(cancelling, None)
     assert 0.02 < run(cancelling, cancelling)["contenders"][0]["error"] < 0.2
+    run(lambda x: {"y": x + 0}, pytest.fail)  # nobody asks eager where the dtype's own bound is kept
     for garbage in (torch.zeros_like, torch.empty_like, lambda x: -x):
         with pytest.raises(AssertionError, match="something else"):
             run(lambda x, garbage=garbage: {"y": garbage(x)}, cancelling)
@@ -133,8 +137,11 @@ def test_a_kernel_that_is_right_once_and_then_returns_what_it_has_fails(bench):
 
     group = group_of(bench)
     group.ours("cached", cached)
+    group.promise("cached", at_most=1.0)
     with pytest.raises(AssertionError, match="cached computes something else"):
         group.run()
+    (record,) = bench.results.data["groups"]
+    assert record["contenders"] == [] and record["promises"][0]["met"] is None
 
 
 def test_gradients_are_part_of_the_result(bench):
@@ -190,6 +197,31 @@ def test_what_cannot_run_here_is_skipped_with_the_reason(bench):
     group = group_of(bench)
     group.peer("refuses", refuses)
     with pytest.raises(NotImplementedError):
+        group.run()
+
+
+def test_a_package_that_is_there_and_does_not_work_is_skipped_with_the_reason(bench):
+    """Whatever it raises, on import or at its first call; but not if what it computes is wrong."""
+
+    def broken():
+        raise OSError("libcudart.so.11 is missing\nand more")
+
+    def runs_nowhere(x, scale):
+        raise RuntimeError("0 active drivers ([]). There should only be one.")
+
+    group = group_of(bench)
+    group.ours("ours", gelu)
+    group.peer("broken", broken, make=True, requires=("json",))
+    group.peer("runs nowhere", runs_nowhere, requires=("json",))
+    record = group.run()
+    assert [c["name"] for c in record["contenders"]] == ["ours"]
+    assert record["skipped"] == [
+        {"name": "broken", "reason": "OSError: libcudart.so.11 is missing"},
+        {"name": "runs nowhere", "reason": "RuntimeError: 0 active drivers ([]). There should only be one."},
+    ]
+    group = group_of(bench)
+    group.peer("wrong", lambda x, scale: {"y": x}, requires=("json",))
+    with pytest.raises(AssertionError, match="wrong computes something else"):
         group.run()
 
 
@@ -302,6 +334,54 @@ def test_what_takes_minutes_runs_once(bench):
     group.ours("ours", lambda x, scale: {"y": x})
     with pytest.raises(AssertionError, match="ours computes something else"):
         group.run()
+
+
+def test_where_calls_are_long_none_is_made_for_memory_alone(bench):
+    calls = []
+
+    def counted(x, scale):
+        calls.append(x)
+        return gelu(x, scale)
+
+    bench.settings = Settings("cpu", seconds=0.0, min_rounds=4, sample_seconds=0.0)
+    for long, extra in ((False, 1), (True, 0)):
+        calls.clear()
+        group = group_of(bench, long=long, num_buffers=1)
+        group.ours("ours", counted)
+        (ours,) = group.run()["contenders"]
+        assert len(calls) == 1 + extra + 4
+        assert (ours["peak_bytes"] is not None) == (sys.platform == "linux")
+
+
+def test_a_group_that_takes_the_process_along_says_so_in_the_file(bench):
+    """What stands in the file while it runs is what stays there."""
+    seen = []
+
+    def watched(x, scale):
+        seen.append(json.loads(bench.results.path.read_text())["groups"])
+        return gelu(x, scale)
+
+    group = group_of(bench)
+    group.ours("ours", watched)
+    group.run()
+    assert all(len(groups) == 1 and "did not end" in groups[0]["failure"] for groups in seen)
+    (stored,) = json.loads(bench.results.path.read_text())["groups"]
+    assert "failure" not in stored
+
+
+def test_a_run_is_gone_on_with(bench):
+    group = group_of(bench)
+    group.ours("ours", gelu)
+    group.run()
+    path, device = bench.results.path, torch.device("cpu")
+    results = Results(path, "cpu", device)
+    results.resume()
+    results.add({"name": "another"})
+    assert [g["name"] for g in json.loads(path.read_text())["groups"]] == ["toy: gelu, rows 8", "another"]
+    with pytest.raises(ValueError, match="must be of the same profile, got cpu"):
+        Results(path, "quick", device).resume()
+    with pytest.raises(ValueError, match="must be of the same commit"):
+        Results(path, "cpu", device, "0" * 40).resume()
 
 
 def test_relative_error_counts_the_worst_row():
