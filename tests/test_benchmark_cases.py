@@ -2,10 +2,22 @@
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 import vlmo_fast
-from benchmarks import bench_attention, bench_contrastive, bench_ffn, bench_model, bench_packing, bench_search, harness
-from benchmarks.harness import Bench, Results, Settings
+from benchmarks import (
+    bench_attention,
+    bench_contrastive,
+    bench_ffn,
+    bench_import,
+    bench_model,
+    bench_packing,
+    bench_search,
+    harness,
+    report,
+)
+from benchmarks.harness import Bench, Group, Results, Settings
+from benchmarks.promises import PROMISES
 from vlmo_fast import ops
 from vlmo_fast.ops import reference
 
@@ -23,6 +35,75 @@ def bench(monkeypatch):
 def errors(bench):
     (record,) = bench.results.data["groups"]
     return {contender["name"]: contender["error"] for contender in record["contenders"]}
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """A small model in place of base."""
+    config = vlmo_fast.VLMoConfig(**SMALL, vocab_size=30522)
+    monkeypatch.setattr(vlmo_fast.MoMEConfig, "from_preset", classmethod(lambda cls, name: cls(**SMALL)))
+    monkeypatch.setattr(vlmo_fast, "VLMoConfig", lambda: config)
+    bench_model.networks.cache_clear()
+    yield
+    bench_model.networks.cache_clear()
+
+
+def runs(function, profile):
+    """The arguments that a profile calls a benchmark with."""
+    found = [({}, False)]
+    for mark in function.pytestmark:
+        if mark.name == "profile":
+            found = [(given, chosen or profile in {*mark.args, *mark.kwargs}) for given, chosen in found]
+            continue
+        names = [name.strip() for name in mark.args[0].split(",")] if isinstance(mark.args[0], str) else mark.args[0]
+        cases = []
+        for case in mark.args[1]:
+            values, marks = (case.values, case.marks) if hasattr(case, "marks") else (case, ())
+            values = values if isinstance(values, tuple | list) else (values,)
+            named = {name for mark in marks if mark.name == "profile" for name in (*mark.args, *mark.kwargs)}
+            cases.append((dict(zip(names, values, strict=True)), profile in named))
+        found = [(given | more, chosen or also) for given, chosen in found for more, also in cases]
+    return [given for given, chosen in found if chosen]
+
+
+@pytest.mark.usefixtures("small")
+def test_the_cpu_profile_measures_every_promise_for_a_cpu(bench, monkeypatch):
+    promised, families = set(), set()
+
+    def noted(group):
+        promised.update(promise["key"] for promise in group._promises)
+        families.add(group.family)
+        names = {contender.name for contender in group._contenders}
+        assert {side for p in group._promises for side in (p["contender"], p["against"]) if side} <= names
+
+    monkeypatch.setattr(Group, "run", noted)
+    for module in (
+        bench_attention,
+        bench_contrastive,
+        bench_ffn,
+        bench_import,
+        bench_model,
+        bench_packing,
+        bench_search,
+    ):
+        for name, function in vars(module).items():
+            if name.startswith("bench_") and hasattr(function, "pytestmark"):
+                for arguments in runs(function, "cpu"):
+                    function(bench, **arguments)
+    assert {promise.key for promise in PROMISES if promise.device == "cpu"} <= promised
+    assert families == set(report.FAMILIES)
+
+
+def test_garbage_planted_in_a_real_benchmark_fails(bench, monkeypatch):
+    """A fast kernel that leaves its output as it was, and a peer of another loss."""
+    monkeypatch.setattr(ops, "mome_ffn", lambda x, *_, **__: torch.empty_like(x))
+    with pytest.raises(AssertionError, match="ours computes something else"):
+        bench_ffn.bench_ffn(bench, "base", 16, "forward")
+    assert "ours computes something else" in bench.results.data["groups"][-1]["failure"]
+    monkeypatch.setattr(bench_contrastive, "WIDTH", 32)
+    monkeypatch.setattr(bench_contrastive, "eager_twice", lambda logit_scale, **_: 0.0 * logit_scale)
+    with pytest.raises(AssertionError, match="eager, logits twice computes something else"):
+        bench_contrastive.bench_contrastive(bench, 64, "forward")
 
 
 def test_the_contrastive_oracle_answers_for_repeated_pairs(bench, monkeypatch):
@@ -87,29 +168,25 @@ def test_contenders_of_the_contrastive_loss_agree(bench, monkeypatch):
     assert {"ours", "ours, similarities kept", "eager", "eager, logits twice", "bare matmuls"} <= set(found)
 
 
+@pytest.mark.usefixtures("small")
 @pytest.mark.parametrize("case", ["captions", "pairs"])
 def test_contenders_of_the_whole_model_agree(bench, monkeypatch, case):
-    """A small model in place of base; the peers from transformers are left out."""
+    """The peers from transformers are left out."""
     monkeypatch.setitem(bench_model.CASES, case, (*bench_model.CASES[case][:1], 3, 1.0))
     monkeypatch.setattr(bench_model, "other_models", lambda *arguments: None)
-    monkeypatch.setattr(vlmo_fast.MoMEConfig, "from_preset", classmethod(lambda cls, name: cls(**SMALL)))
-    bench_model.networks.cache_clear()
-    try:
-        for output in ("embedding", "all tokens"):
-            bench.results.data["groups"].clear()
-            bench_model.bench_inference(bench, case, output)
-            assert set(errors(bench)) == {"ours", "released"}
+    for output, limits in (("embedding", set()), ("all tokens", {"bare matmuls"})):
         bench.results.data["groups"].clear()
-        bench_model.bench_one(bench, "pair")
-        bench.results.data["groups"].clear()
-        bench_search.bench_search(bench, 2)
-        assert len(errors(bench)) == 4
-        bench.results.data["groups"].clear()
-        monkeypatch.setattr(bench_packing, "WINDOW", 2)
-        bench_packing.bench_mixture(bench)
-        assert set(errors(bench)) == {"ours, one forward", "ours, a pass for each kind", "released"}
-    finally:
-        bench_model.networks.cache_clear()
+        bench_model.bench_inference(bench, case, output, 1)
+        assert set(errors(bench)) == {"ours", "released"} | limits
+    bench.results.data["groups"].clear()
+    bench_model.bench_one(bench, "pair")
+    bench.results.data["groups"].clear()
+    bench_search.bench_search(bench, 2)
+    assert len(errors(bench)) == 4
+    bench.results.data["groups"].clear()
+    monkeypatch.setattr(bench_packing, "WINDOW", 2)
+    bench_packing.bench_mixture(bench)
+    assert set(errors(bench)) == {"ours, one forward", "ours, a pass for each kind", "released"}
 
 
 def test_the_plan_is_that_of_the_loop(bench):
@@ -117,12 +194,25 @@ def test_the_plan_is_that_of_the_loop(bench):
     assert set(errors(bench).values()) == {0.0}
 
 
-def test_both_sides_of_a_pretraining_step_agree_with_gradients(bench, monkeypatch):
-    small = vlmo_fast.VLMoConfig(**SMALL, vocab_size=30522)
-    monkeypatch.setattr(vlmo_fast, "VLMoConfig", lambda: small)
+@pytest.mark.usefixtures("small")
+def test_both_sides_of_a_pretraining_step_agree_with_gradients(bench):
     bench_model.bench_pretraining_step(bench)
     (record,) = bench.results.data["groups"]
     for contender in record["contenders"]:
         assert {"loss", "d backbone.blocks.experts.vl.fc1.bias", "d backbone.relative_position_bias.table"} <= set(
             contender["errors"]
         )
+
+
+def test_what_only_says_what_is_right_computes_no_gradients_of_matrices():
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(3, 2)
+    loss_of = lambda: layer(torch.ones(4, 3)).square().sum()
+    all_of_them, compared = (bench_model.step(layer, loss_of, wanted) for wanted in (True, False))
+    assert set(all_of_them) == set(compared) == {"loss", "d bias"}
+    assert all(torch.equal(all_of_them[name], compared[name]) for name in compared)
+    with FlopCounterMode(display=False) as with_matrices:
+        bench_model.step(layer, loss_of)
+    with FlopCounterMode(display=False) as without:
+        bench_model.step(layer, loss_of, all_gradients=False)
+    assert without.get_total_flops() < with_matrices.get_total_flops()
