@@ -3,7 +3,7 @@
     python -m benchmarks.report                       newest file of each machine in benchmarks/results/ -> README, page
     python -m benchmarks.report FILE... --page P      the page alone, from these files
     python -m benchmarks.report FILE... --table       a short table on the terminal
-    python -m benchmarks.report --compare OLD NEW     exit status 1 if something of ours got slower beyond the noise
+    python -m benchmarks.report --compare OLD NEW     exit status 1 if something of ours got worse beyond the noise
 
 Nothing else writes between the README's markers, and no figure in there comes from anywhere but a results file. A ratio
 is the median over the rounds of (other / ours) within the round, its interval the quartiles.
@@ -84,6 +84,11 @@ def newest(folder: Path) -> list[Path]:
 def measured(run: Run) -> list[Group]:
     """Groups that were timed."""
     return [group for group in run["groups"] if any("median" in c for c in group.get("contenders", []))]
+
+
+def failures(run: Run) -> list[Group]:
+    """Groups in which something failed, or that did not end; of the first kind, what was right may be timed."""
+    return [group for group in run["groups"] if "failure" in group]
 
 
 def timed(group: Group) -> list[dict[str, Any]]:
@@ -303,6 +308,10 @@ def size(value: float | None) -> str:
     return f"{value:.0f} B"
 
 
+def _error(value: float | None) -> str:
+    return "–" if value is None else f"{value:.1e}"
+
+
 def _digits(value: float) -> str:
     """Three digits, never in powers of ten."""
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
@@ -394,6 +403,11 @@ def markdown(runs: Sequence[Run]) -> str:
         lines.append("")
     for run in runs:
         lines += [f"Measured on {machine_line(run)}; {provenance(run)}. {sentence(conditions(run))}", ""]
+        failed = failures(run)
+        if failed:
+            lines += ["**Failed**:", ""]
+            lines += [f"- {html.escape(group['name'])}: {html.escape(group['failure'])}" for group in failed]
+            lines.append("")
         losses = slower(run)
         if losses:
             lines.append("Where it is **not** faster:")
@@ -628,8 +642,8 @@ def page(runs: Sequence[Run]) -> str:
         parts.append(f"<h2>{NAMES[device]}: {html.escape(name)}</h2>")
         parts.append(f"<p>{html.escape(machine_line(run))}.<br>Run: {html.escape(provenance(run)).replace('`', '')}; ")
         parts.append(f"file {html.escape(run['file'])}.<br>{html.escape(sentence(conditions(run)))}</p>")
-        failures = [group for group in run["groups"] if "failure" in group]
-        parts += [f'<p class="not">{html.escape(g["name"])} failed: {html.escape(g["failure"])}</p>' for g in failures]
+        failed = failures(run)
+        parts += [f'<p class="not">{html.escape(g["name"])} failed: {html.escape(g["failure"])}</p>' for g in failed]
         losses = slower(run)
         if losses:
             items = "".join(
@@ -701,8 +715,8 @@ def _group_table(group: Group) -> str:
             "" if contender["of_matmul_ceiling"] is None else f"{contender['of_matmul_ceiling']:.0%}",
             "" if contender["of_copy_ceiling"] is None else f"{contender['of_copy_ceiling']:.0%}",
             size(contender["peak_bytes"]),
-            "limit" if contender["error"] is None else f"{contender['error']:.1e}",
-            "" if contender["worst_row"] is None else f"{contender['worst_row']:.1e}",
+            "limit" if contender["role"] == "yardstick" else _error(contender["error"]),
+            "" if contender["role"] == "yardstick" else _error(contender["worst_row"]),
         ]
         rows.append(
             f'<tr class="{contender["role"]}"><td>{html.escape(contender["name"])}</td>'
@@ -778,7 +792,7 @@ def write(runs: Sequence[Run], root: Path) -> None:
 def short_table(run: Run) -> str:
     """A line for each group and each promise of a run."""
     lines = [f"{machine_line(run)}\n{provenance(run)}\n{sentence(conditions(run))}"]
-    lines += [f"FAILED {g['name']}: {g['failure'][:200]}" for g in run["groups"] if "failure" in g]
+    lines += [f"FAILED {g['name']}: {g['failure'][:200]}" for g in failures(run)]
     for group in measured(run):
         first = next((c for c in timed(group) if c["role"] == "ours"), None)
         if first is None:
@@ -795,7 +809,7 @@ def short_table(run: Run) -> str:
 
 
 def show_changes(old: Run, new: Run) -> int:
-    """Print what changed between two runs; 1 if something of ours got worse."""
+    """Print what changed between two runs; 1 if something of ours got worse, or failed."""
     changes = compare(old, new)
     if not changes:
         print("the files have no measurement in common")
@@ -805,11 +819,18 @@ def show_changes(old: Run, new: Run) -> int:
         mark = "WORSE " if change.worse else "better" if change.factor < 1 / (1 + change.noise) else "      "
         figure = f"{change.of:<6} {change.factor:6.2f} ×  (noise ±{change.noise:.0%})"
         print(f"{mark} {figure}  {change.name}: {change.contender}")
-    gone = {key_of(group) for group in measured(old)} - {key_of(group) for group in measured(new)}
-    for name, *_ in sorted(gone):
-        print(f"absent from the new file: {name}")
-    print(f"{len(worse)} of {len(changes)} figures got worse beyond the noise")
-    return 1 if worse else 0
+    failed = failures(new)
+    for group in failed:
+        print(f"FAILED {group['name']}: {group['failure']}")
+    before, after = (
+        {(*key_of(g), c["name"]) for g in measured(run) for c in timed(g) if c["role"] == "ours"} for run in (old, new)
+    )
+    for name, *_, contender in sorted(before - after):
+        print(f"absent from the new file: {name}: {contender}")
+    if machine_line(old) != machine_line(new):
+        print(f"not the same machine or software:\n  {machine_line(old)}\n  {machine_line(new)}")
+    print(f"{len(worse)} of {len(changes)} figures got worse beyond the noise, {len(failed)} groups failed")
+    return 1 if worse or failed else 0
 
 
 if __name__ == "__main__":

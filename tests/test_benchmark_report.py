@@ -209,5 +209,33 @@ def test_what_is_gone_is_named(run, capsys):
     less = copy.deepcopy(run)
     less["groups"].pop()
     assert report.show_changes(run, less) == 0
-    assert "absent from the new file: import" in capsys.readouterr().out
+    assert "absent from the new file: import: a fresh interpreter, {}: import vlmo_fast" in capsys.readouterr().out
     assert report.show_changes(run, run | {"groups": []}) == 2
+
+
+def test_what_failed_is_a_regression(run, capsys):
+    worse = copy.deepcopy(run)
+    group = worse["groups"][0]
+    del group["contenders"], group["promises"]
+    group["failure"] = "AssertionError: ours computes something else"
+    assert report.show_changes(run, worse) == 1
+    assert "FAILED ffn: base, forward" in capsys.readouterr().out
+    for text in (report.markdown([worse]), report.page([worse]), report.short_table(worse)):
+        assert "ours computes something else" in text
+
+
+def test_another_machine_is_told(run, capsys):
+    other = copy.deepcopy(run)
+    report.show_changes(run, other)
+    assert "not the same machine" not in capsys.readouterr().out
+    other["machine"]["cores"] = 64
+    report.show_changes(run, other)
+    assert "not the same machine or software" in capsys.readouterr().out
+
+
+def test_only_limits_are_called_limits(run):
+    """Ours may have no error, where there is nothing to compare."""
+    run["groups"][3]["contenders"][0] |= {"error": None, "worst_row": None}
+    (table,) = re.findall(r"<h3>a fresh interpreter</h3>.*?</table>", report.page([run]))
+    assert ">limit<" not in table and ">–<" in table
+    assert ">limit<" in report.page([run])
