@@ -3,23 +3,28 @@
     python -m benchmarks.profile                      the ops it knows
     python -m benchmarks.profile mome_ffn [--capability 90 100] [--flops 790e12] [--bandwidth 4.3e12] [--json]
 
-For each kernel, built ahead of time for real sizes (the jobs of the kernel's own tests): registers, shared memory,
-spills, the blocks and warps of one multiprocessor that these allow, the mix of the machine instructions as they stand
-in the code (not as often as they run), and the roofline: the operations and the bytes of a real problem over the two
-ceilings. Those default to what torch reached on an H200: 790 TFLOP/s of 8192^3 bfloat16 matmul, 4.3 TB/s of copy.
+For each kernel, built for real sizes (Triton's: jobs of the kernel's own tests; CUDA's: `vlmo-fast build cuda`):
+registers, shared memory, spills, the blocks and warps of one multiprocessor that these allow, the mix of the machine
+instructions as they stand in the code (not as often as they run), and the roofline: the operations and the bytes of a
+real problem over the two ceilings. Those default to what torch reached on an H200: 790 TFLOP/s of 8192^3 bfloat16
+matmul, 4.3 TB/s of copy.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib
+import importlib.util
 import json
 import re
+import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from vlmo_fast import extensions
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -51,6 +56,31 @@ class Demand:
     problem: str
     flop: float
     bytes: float
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """What the compiler made of one kernel.
+
+    Attributes:
+        name: of the function.
+        num_warps: of a block.
+        registers: of a thread.
+        shared: bytes of a block.
+        spills: instructions on local memory.
+        sass: machine code as text.
+    """
+
+    name: str
+    num_warps: int
+    registers: int
+    shared: int
+    spills: int
+    sass: str
+
+
+class ProfileError(Exception):
+    """There is nothing to read; the message says what to do."""
 
 
 @dataclass(frozen=True)
@@ -123,25 +153,21 @@ def instruction_mix(sass: str) -> tuple[dict[str, float], int]:
 
 def profile(op: str, capability: int, flops: float, bandwidth: float) -> list[Profile]:
     """Build the kernels of an op for one capability and describe them."""
-    from triton_aot import compile_ahead
-
-    entries = OPS[op](capability)
-    builds = compile_ahead(*(job for job, _ in entries), capability=capability)
     profiles = []
-    for (job, demand), build in zip(entries, builds, strict=True):
-        blocks, bound = occupancy(capability, build.registers, build.shared, job.num_warps)
-        mix, total = instruction_mix(build.sass)
+    for kernel, demand in OPS[op](capability):
+        blocks, bound = occupancy(capability, kernel.registers, kernel.shared, kernel.num_warps)
+        mix, total = instruction_mix(kernel.sass)
         profiles.append(
             Profile(
-                kernel=job.kernel.partition(":")[2].strip("_").removesuffix("_kernel"),
+                kernel=kernel.name,
                 capability=capability,
-                num_warps=job.num_warps,
-                registers=build.registers,
-                shared=build.shared,
-                spills=build.spills,
+                num_warps=kernel.num_warps,
+                registers=kernel.registers,
+                shared=kernel.shared,
+                spills=kernel.spills,
                 blocks=blocks,
                 bound_by=bound,
-                occupancy=blocks * job.num_warps / WARPS,
+                occupancy=blocks * kernel.num_warps / WARPS,
                 mix=mix,
                 instructions=total,
                 problem=demand.problem,
@@ -152,7 +178,70 @@ def profile(op: str, capability: int, flops: float, bandwidth: float) -> list[Pr
     return profiles
 
 
-def mome_ffn(capability: int) -> list[tuple[Any, Demand]]:
+def from_triton(entries: Sequence[tuple[Any, Demand]], capability: int) -> list[tuple[Kernel, Demand]]:
+    """Build the jobs of `tests/triton_aot.py`."""
+    from triton_aot import compile_ahead
+
+    builds = compile_ahead(*(job for job, _ in entries), capability=capability)
+    found = []
+    for (job, demand), build in zip(entries, builds, strict=True):
+        name = job.kernel.partition(":")[2].strip("_").removesuffix("_kernel")
+        kernel = Kernel(name, job.num_warps, build.registers, build.shared, build.spills, build.sass)
+        found.append((kernel, demand))
+    return found
+
+
+def from_library(capability: int) -> dict[str, tuple[int, int, int, str]]:
+    """Of each kernel of the CUDA library with code for a capability: registers, static shared memory, spills, code."""
+    spec = importlib.util.find_spec("triton")
+    if spec is None or spec.origin is None:
+        raise ProfileError("triton is missing; its package carries cuobjdump")
+    if not extensions.is_built("cuda"):
+        raise ProfileError(f"the cuda extension is not built; to build it: {extensions.build_command('cuda')}")
+    tool = str(Path(spec.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump")
+    target = f"sm_{capability}{'a' if capability == 90 else ''}"
+
+    def dump(option: str) -> str:
+        command = [tool, option, "--gpu-architecture", target, str(extensions.library("cuda"))]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+    usage = re.findall(r"Function (\w+):\s+REG:(\d+) STACK:\d+ SHARED:(\d+)", dump("--dump-resource-usage"))
+    functions = re.split(r"^\s*Function : ", dump("--dump-sass"), flags=re.MULTILINE)[1:]
+    code = dict(function.split("\n", 1) for function in functions)
+    found = {}
+    local = re.compile(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+ +)?(?:LDL|STL)\b", re.MULTILINE)
+    for name, registers, shared in usage:
+        spills = len(local.findall(code[name]))
+        found[name] = (int(registers), int(shared), spills, code[name])
+    return found
+
+
+def contrastive_loss(capability: int) -> list[tuple[Kernel, Demand]]:
+    """65,536 pairs, D = 768, bfloat16: the sums of all rows and columns; the gradients of a block of 8,192 rows."""
+    # Of shared memory a launcher asks for its struct Shared: operands of four stages; for sm_90 barriers and sums too.
+    chosen = {
+        80: {"similarity_sums_sm80": (8, 64 * 1024), "similarity_gradient_sm80": (8, 64 * 1024)},
+        90: {"similarity_sums_sm90": (12, 140352), "similarity_gradient_sm90": (12, 140352)},
+    }.get(capability, {})
+    pairs, width, rows, half = 65536, 768, 8192, 2
+    demands = {
+        "sums": Demand(f"{pairs:,} pairs", 2.0 * pairs**2 * width, 2.0 * half * pairs * width),
+        "gradient": Demand(
+            f"{rows:,} of {pairs:,} rows",
+            2.0 * rows * pairs * width,
+            half * float((rows + pairs) * width + rows * pairs),
+        ),
+    }
+    found = []
+    for mangled, (registers, static, spills, sass) in from_library(capability).items():
+        for name, (warps, dynamic) in chosen.items():
+            if f"_{name}_kernel" in mangled and "bfloat16" in mangled:
+                kernel = Kernel(name, warps, registers, static + dynamic, spills, sass)
+                found.append((kernel, demands[name.split("_")[1]]))
+    return found
+
+
+def mome_ffn(capability: int) -> list[tuple[Kernel, Demand]]:
     """Base, 32,768 tokens, bfloat16, two experts."""
     tests = importlib.import_module("test_ffn_aot")
     rows, width, hidden, half = 32768, 768, 3072, 2
@@ -166,10 +255,11 @@ def mome_ffn(capability: int) -> list[tuple[Any, Demand]]:
     }
     problem = f"base, {rows:,} tokens"
     entries = [(tests.job(k, capability, rows), Demand(problem, product, traffic[k])) for k in tests.KERNELS]
-    return [*entries, (tests.NORM, Demand(problem, 8.0 * rows * width, 2.0 * narrow))]
+    entries.append((tests.NORM, Demand(problem, 8.0 * rows * width, 2.0 * narrow)))
+    return from_triton(entries, capability)
 
 
-def packed_attention(capability: int) -> list[tuple[Any, Demand]]:
+def packed_attention(capability: int) -> list[tuple[Kernel, Demand]]:
     """Base, 256 pairs of 210 tokens, bfloat16, with a bias."""
     tests = importlib.import_module("test_packed_attention_kernels")
     sequences, length, width, heads, half = 256, 210, 768, 12, 2
@@ -182,13 +272,18 @@ def packed_attention(capability: int) -> list[tuple[Any, Demand]]:
         "bwd_dbias": (2, 4),
     }
     problem = f"base, {sequences} pairs of {length} tokens"
-    return [
+    entries = [
         (tests.job(kind, capability), Demand(problem, demands[kind][0] * product, demands[kind][1] * rows + bias))
         for kind in tests.KERNELS
     ]
+    return from_triton(entries, capability)
 
 
-OPS: dict[str, Callable[[int], list[tuple[Any, Demand]]]] = {"mome_ffn": mome_ffn, "packed_attention": packed_attention}
+OPS: dict[str, Callable[[int], list[tuple[Kernel, Demand]]]] = {
+    "mome_ffn": mome_ffn,
+    "packed_attention": packed_attention,
+    "contrastive_loss": contrastive_loss,
+}
 
 
 def show(item: Profile) -> str:
@@ -224,8 +319,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.op not in OPS:
         parser.error(f"op must be one of {', '.join(OPS)}, got {options.op}")
     sys.path.insert(0, str(ROOT / "tests"))
-    found = [item for c in options.capability for item in profile(options.op, c, options.flops, options.bandwidth)]
-    print(json.dumps([asdict(item) for item in found], indent=1) if options.json else "\n".join(map(show, found)))
+    try:
+        found = [item for c in options.capability for item in profile(options.op, c, options.flops, options.bandwidth)]
+    except ProfileError as error:
+        print(f"benchmarks.profile: {error}", file=sys.stderr)
+        return 1
+    if options.json:
+        print(json.dumps([asdict(item) for item in found], indent=1))
+        return 0
+    for item in found:
+        print(show(item))
+    for capability in sorted(set(options.capability) - {item.capability for item in found}):
+        print(f"{options.op}: no code for sm_{capability}")
     return 0
 
 

@@ -3,6 +3,7 @@
 import pytest
 
 from benchmarks import profile
+from vlmo_fast import build, extensions
 
 SASS = """
         /*0000*/                   LDC R1, c[0x0][0x28] ;
@@ -59,10 +60,25 @@ def test_the_roofline_is_the_larger_of_two_times():
     assert "not below 2 µs (arithmetic)" in profile.show(item)
 
 
+def test_a_library_that_is_not_built_is_named_with_its_command(capsys, monkeypatch):
+    monkeypatch.setattr(extensions, "is_built", lambda name: False)
+    assert profile.main(["contrastive_loss", "--capability", "90"]) == 1
+    assert extensions.build_command("cuda") in capsys.readouterr().err
+
+
+def test_a_generation_without_code_is_named(capsys, monkeypatch):
+    monkeypatch.setattr(profile, "from_library", lambda capability: {})
+    assert profile.main(["contrastive_loss", "--capability", "100"]) == 0
+    assert capsys.readouterr().out == "contrastive_loss: no code for sm_100\n"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("op", list(profile.OPS))
-def test_the_kernels_of_an_op(op):
-    """The jobs of the kernels' own tests, built for sm_90."""
+def test_the_kernels_of_an_op(op, require_tool):
+    """The jobs of the kernels' own tests, and the CUDA library, built for sm_90."""
+    if op == "contrastive_loss" and not extensions.is_built("cuda"):
+        require_tool("nvcc")
+        build.build("cuda", jobs=1)
     profiles = profile.profile(op, 90, 790e12, 4.3e12)
     assert any(item.mix.get("tensor cores", 0) > 0 for item in profiles)
     for item in profiles:
