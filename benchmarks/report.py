@@ -317,6 +317,11 @@ def _digits(value: float) -> str:
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
+def rate(value: float, unit: str) -> str:
+    """So many a second."""
+    return f"{value:,.3g} {unit}/s" if value < 1e3 else f"{value:,.0f} {unit}/s"
+
+
 def amount(value: float, of: str) -> str:
     """A time, a size or a share."""
     if of == "matmul":
@@ -442,7 +447,7 @@ def markdown_row(group: Group) -> str:
     cells = [
         f"{title(group)} ({group['dtype']})",
         f"{ours['name']}: {seconds(ours['median'])} ± {_spread(ours):.0%}",
-        f"{ours['rate']:,.3g} {unit}/s" if ours["rate"] < 1e3 else f"{ours['rate']:,.0f} {unit}/s",
+        rate(ours["rate"], unit),
         "–" if share is None else f"{share:.0%}",
         "; ".join(beside),
         size(ours["peak_bytes"]),
@@ -539,23 +544,24 @@ def plot_ratios(found: Sequence[Ratio]) -> str:
         labels.append(f"{ratio.group['family']}: {title(ratio.group)} · {ratio.other}")
     axes.axvline(1, color=INK, linewidth=1)
     axes.set_xscale("log")
-    axes.xaxis.set_major_locator(LogLocator(base=10, subs=(1, 2, 5)))
+    lowest, highest = min([0.8, *(r.low for r in found)]), max([1.25, *(r.high for r in found)])
+    places = (1, 1.2, 1.5, 2, 3, 5, 8) if highest < 5 * lowest else (1, 2, 5)
+    axes.xaxis.set_major_locator(LogLocator(base=10, subs=places))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.xaxis.set_minor_formatter(NullFormatter())
-    lowest, highest = min([0.8, *(r.low for r in found)]), max([1.25, *(r.high for r in found)])
     axes.set_xlim(lowest / 1.1, highest * 1.25)
     axes.set_yticks(range(len(found)), labels, fontsize=8)
     axes.set_ylim(len(found) - 0.4, -0.6)
     axes.grid(visible=False, axis="y")
-    axes.set_xlabel("time of the other / time of ours (log); lines: quartiles; grey: limits, not rivals")
+    axes.set_xlabel("time of the other / time of ours (log); lines: quartiles; grey: limits, not rivals", loc="right")
     return _svg(figure)
 
 
 def plot_lines(line: Series, of: str) -> str:
     """Time or memory along a number, each contender's exponent in the legend."""
-    from matplotlib.ticker import FuncFormatter
+    from matplotlib.ticker import FuncFormatter, LogLocator
 
-    figure, axes = _figure(5.2, 3.5)
+    figure, axes = _figure(5.2, 3.7)
     peers = iter(PEERS * 4)
     for name, (role, xs, ys) in line.lines(of).items():
         slope = exponent(xs, ys)
@@ -566,7 +572,9 @@ def plot_lines(line: Series, of: str) -> str:
             xs, ys, style, marker="o", markersize=4, color=color, label=label, linewidth=2 if role == "ours" else 1.2
         )
     axes.set_xscale("log", base=2)
-    axes.set_yscale("log", base=10 if of == "median" else 4)
+    axes.set_yscale("log", base=10 if of == "median" else 2)
+    if of == "median":
+        axes.yaxis.set_major_locator(LogLocator(base=10, subs=(1, 2, 5)))
     ticks = sorted({group["axes"][line.x] for group in line.groups})
     axes.set_xticks(ticks, [number(tick) for tick in ticks], rotation=30 if len(ticks) > 6 else 0)
     axes.minorticks_off()
@@ -574,22 +582,23 @@ def plot_lines(line: Series, of: str) -> str:
         FuncFormatter(lambda value, _: amount(value, "time" if of == "median" else "memory"))
     )
     axes.set_xlabel(line.x)
-    axes.set_title(
-        f"{'time' if of == 'median' else 'peak memory beyond the inputs'}: {line.label}", fontsize=9, loc="left"
-    )
+    what = "time" if of == "median" else "peak memory beyond the inputs"
+    axes.set_title(f"{what}\n{line.label}", fontsize=9, loc="left")
     axes.legend(fontsize=7, frameon=False)
     return _svg(figure)
 
 
 def plot_roofline(run: Run) -> str | None:
-    """Achieved rate against arithmetic intensity, below the two ceilings; None where no group tells its traffic."""
-    points = [
-        (g, c)
-        for g in measured(run)
-        if g["work"]["flop"] and g["work"]["bytes"]
-        for c in timed(g)
-        if c["role"] == "ours"
-    ]
+    """Achieved rate against arithmetic intensity, below the two ceilings; None where no group tells its traffic.
+
+    Of ours the first alone: others of ours may compute less than what the problem is counted as, the similarities of a
+    contrastive loss once instead of twice, say.
+    """
+    from matplotlib.ticker import FuncFormatter, LogLocator
+
+    groups = [g for g in measured(run) if g["work"]["flop"] and g["work"]["bytes"]]
+    firsts = ((g, next((c for c in timed(g) if c["role"] == "ours"), None)) for g in groups)
+    points = [(g, c) for g, c in firsts if c is not None]
     if not points:
         return None
     figure, axes = _figure(7.6, 4.2)
@@ -606,7 +615,10 @@ def plot_roofline(run: Run) -> str | None:
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.set_xlabel("FLOP per byte that the problem must move")
-    axes.set_ylabel("FLOP/s")
+    axes.yaxis.set_major_locator(LogLocator(base=10, subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value / 1e9:,g}"))
+    axes.minorticks_off()
+    axes.set_ylabel("GFLOP/s")
     axes.legend(fontsize=8, frameon=False, loc="lower right")
     return _svg(figure)
 
@@ -711,7 +723,7 @@ def _group_table(group: Group) -> str:
             seconds(contender["median"]),
             f"± {_spread(contender):.1%}",
             "" if ratio is None else f"{ratio.median:.2f}",
-            f"{contender['rate']:,.4g} {group['work']['unit']}/s",
+            rate(contender["rate"], group["work"]["unit"]),
             "" if contender["of_matmul_ceiling"] is None else f"{contender['of_matmul_ceiling']:.0%}",
             "" if contender["of_copy_ceiling"] is None else f"{contender['of_copy_ceiling']:.0%}",
             size(contender["peak_bytes"]),

@@ -112,6 +112,7 @@ def test_the_page_is_self_contained_and_has_everything(run):
     assert not [v for n, v in parser.attributes if n in ("src", "href", "xlink:href") and not v.startswith("#")]
     assert parser.tags.count("svg") == 4  # ratios, roofline, time and memory against tokens
     text = " ".join(parser.text)
+    assert not re.search(r"e\+\d", text)  # figures are written out
     for part in ("Invented CPU", "AVX9", "torch 2.13.0", "0000000000", "xformers <b>", "3.0e-07", "drift", "16 MiB"):
         assert part in text
 
