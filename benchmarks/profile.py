@@ -191,8 +191,8 @@ def from_triton(entries: Sequence[tuple[Any, Demand]], capability: int) -> list[
     return found
 
 
-def from_library(capability: int) -> dict[str, tuple[int, int, int, str]]:
-    """Of each kernel of the CUDA library with code for a capability: registers, static shared memory, spills, code."""
+def from_library(capability: int) -> dict[str, tuple[int, int, str]]:
+    """Of each kernel of the CUDA library with code for a capability: registers, spills, code."""
     spec = importlib.util.find_spec("triton")
     if spec is None or spec.origin is None:
         raise ProfileError("triton is missing; its package carries cuobjdump")
@@ -205,15 +205,11 @@ def from_library(capability: int) -> dict[str, tuple[int, int, int, str]]:
         command = [tool, option, "--gpu-architecture", target, str(extensions.library("cuda"))]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
-    usage = re.findall(r"Function (\w+):\s+REG:(\d+) STACK:\d+ SHARED:(\d+)", dump("--dump-resource-usage"))
+    usage = re.findall(r"Function (\w+):\s+REG:(\d+)", dump("--dump-resource-usage"))
     functions = re.split(r"^\s*Function : ", dump("--dump-sass"), flags=re.MULTILINE)[1:]
     code = dict(function.split("\n", 1) for function in functions)
-    found = {}
     local = re.compile(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+ +)?(?:LDL|STL)\b", re.MULTILINE)
-    for name, registers, shared in usage:
-        spills = len(local.findall(code[name]))
-        found[name] = (int(registers), int(shared), spills, code[name])
-    return found
+    return {name: (int(registers), len(local.findall(code[name])), code[name]) for name, registers in usage}
 
 
 def contrastive_loss(capability: int) -> list[tuple[Kernel, Demand]]:
@@ -233,10 +229,10 @@ def contrastive_loss(capability: int) -> list[tuple[Kernel, Demand]]:
         ),
     }
     found = []
-    for mangled, (registers, static, spills, sass) in from_library(capability).items():
-        for name, (warps, dynamic) in chosen.items():
+    for mangled, (registers, spills, sass) in from_library(capability).items():
+        for name, (warps, shared) in chosen.items():
             if f"_{name}_kernel" in mangled and "bfloat16" in mangled:
-                kernel = Kernel(name, warps, registers, static + dynamic, spills, sass)
+                kernel = Kernel(name, warps, registers, shared, spills, sass)
                 found.append((kernel, demands[name.split("_")[1]]))
     return found
 
