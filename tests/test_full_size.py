@@ -28,7 +28,7 @@ def check(ours: torch.Tensor, exact: np.ndarray, what: str, tolerance: float = T
 
 
 def compare(model, exact: Oracle, size: int, tolerance: float = TOLERANCE) -> None:
-    """Image, text and pair; both branches of the first two."""
+    """Image, text and pair; both branches of the first two; the heads over pairs."""
     dtype = next(model.parameters()).dtype
     pixels, (ids, masks) = official.images(1001, 2, size), official.texts(2001, official.FULL_LENGTHS)
     ours_pixels = torch.from_numpy(pixels).to(dtype)
@@ -52,6 +52,11 @@ def compare(model, exact: Oracle, size: int, tolerance: float = TOLERANCE) -> No
     check(pair.last_hidden_state[:, 40:], wanted.image_feats, "image tokens of a pair", tolerance)
     check(pair.pooler_output, wanted.cls_feats, "pooled pair", tolerance)
     check(short.pooler_output, wanted.cls_feats, "pooled pair without padding, [CLS] only", tolerance)
+    words = official.masked_texts(ids, masks)[1] >= 0  # where words would be predicted
+    with torch.inference_mode():
+        matching, predicted = model.itm_head(pair.pooler_output), model.mlm_head(pair.last_hidden_state[:, :40][words])
+    check(matching, exact.itm_logits(wanted.cls_feats), "matching logits", tolerance)
+    check(predicted, exact.mlm_logits(wanted.text_feats[words]), "word logits", tolerance)
 
 
 @pytest.mark.parametrize("variant", ["std", "hot"])
