@@ -952,6 +952,15 @@ def test_hidden_dropout_is_where_it_says():
     assert found == wanted
 
 
+def test_dropout_after_each_expert_alone():
+    """Without the attention's: what is left is the experts', though a block else computes them as one op."""
+    model = build(hidden_dropout=0.5).requires_grad_(False).train()
+    for block in model.blocks:
+        block.attention.dropout.p = 0.0
+    for path in PATHS:
+        assert not torch.equal(visible(run(model, path)), visible(run(model, path))), path
+
+
 class Zero(nn.Module):
     def forward(self, x):
         return torch.zeros_like(x)

@@ -28,11 +28,11 @@ SIDES = (24, 24, 32, 24)  # pixels; windows of 3, 3, 4 and 3 patches
 EMBEDDINGS = {kind: f"{kind}_embeds" for kind in ("text", "vl_text", "vl_image", "image")}
 
 
-def build(kind="relative", **options):
+def build(kind="relative", *, add_mask_token=False, **options):
     torch.manual_seed(0)
     scale = {"relative": 0.5, "absolute": None}[kind]
     sizes = {**SIZES, "position_embedding_type": kind, "layer_scale_init_value": scale, **options}
-    model = MoMETransformer(MoMEConfig(**sizes))
+    model = MoMETransformer(MoMEConfig(**sizes), add_mask_token=add_mask_token)
     if model.relative_position_bias is not None:
         torch.nn.init.normal_(model.relative_position_bias.table, std=0.5)
     return model.double()
@@ -137,6 +137,40 @@ def test_packed_against_padded(kind, vl_branch, mixture):
         assert packed_gradients.keys() <= gradients.keys()
 
 
+@pytest.mark.parametrize("vl_layers", [4, 0])
+def test_every_layer_fuses_or_none_does(vl_layers):
+    """The branch then starts at the embeddings, or there is none."""
+    model, ids, pixels = build(num_vl_layers=vl_layers).requires_grad_(False), texts(), images()
+    arguments = model, ids, pixels, MIXTURES["all"], vl_layers > 0
+    padded, packed = padded_results(*arguments), packed_results(*arguments)
+    for kind in KINDS:
+        for (ours, _), (wanted, _) in zip(packed[kind], padded[kind], strict=True):
+            close(ours, wanted)
+
+
+@pytest.mark.parametrize("kind", ["relative", "absolute"])
+def test_image_types_and_masked_patches(kind):
+    """Each image's own, also where images of several sizes come as several tensors, and in a drop-in call."""
+    model, ids, pixels = build(kind, num_image_types=2, add_mask_token=True).requires_grad_(False), texts(), images()
+    types = torch.tensor([1, 2, 2, 2])
+    layout = pack((), windows())
+    packed = model.forward_packed(layout, None, pixels, image_type_ids=types).image_embeds
+    for ours, image, number in zip(packed, pixels, types.tolist(), strict=True):
+        alone = model(pixel_values=image, image_type_ids=number, interpolate_pos_encoding=True)
+        close(ours, alone.image_embeds[0])
+    for wrong, message in ((types + 1, "from 1 to num_image_types=2"), (types[:3], r"an int or \(4,\), got \(3,\)")):
+        with pytest.raises(ValueError, match=f"image_type_ids must be {message}"):
+            model.forward_packed(layout, None, pixels, image_type_ids=wrong)
+
+    square, masked = torch.cat(images((24, 24))), torch.rand(2, 9) < 0.5
+    options = {"image_type_ids": types[:2], "bool_masked_pos": masked}
+    padded = model(pixel_values=square, **options)
+    close(model.forward_packed(pack((), [3, 3]), None, square, **options).image_embeds, padded.image_embeds)
+    mask = torch.tensor([[True] * 5, [True, True, True, False, False]])
+    pooled = model(ids[:2, :5], mask, square, **options).pooler_output
+    close(model(ids[:2, :5], mask, square, cls_only=True, **options).pooler_output, pooled)
+
+
 sequences = st.fixed_dictionaries(
     {
         "texts": st.lists(st.integers(0, len(LENGTHS) - 2), max_size=4),
@@ -230,6 +264,11 @@ def test_fifty_compositions_compile_at_most_twice(kind):
     assert counter.frame_count <= 2
 
 
+def test_few_sizes_of_the_bias_occur():
+    """Each would be compiled for, or captured, on its own."""
+    assert {pack([length]).text_span for length in range(1, 41)} == {8, 16, 24, 32, 40}
+
+
 def test_moving_a_layout_changes_nothing():
     """One buffer travels to the device; here it comes back to the same one."""
     layout = pack(LENGTHS, windows(), **MIXTURES["all"], vl_branch=True, all_tokens=("pair",))
@@ -286,14 +325,31 @@ def test_drop_path_is_drawn_for_each_sequence():
     assert all(abs(count - 75) <= 38 for count in counts), counts
 
 
+def test_drop_path_of_pairs_is_drawn_for_each_half():
+    """Where a pair's text and image have experts of their own these are dropped apart; attention for both at once."""
+    model = build(drop_path_rate=0.5, num_vl_layers=0).train().requires_grad_(False)
+    numbers = torch.arange(300)
+    layout = pack([4] * 300, [3] * 300, pairs=numbers[:, None].expand(-1, 2), all_tokens=("pair",))
+    attention, experts = (model.blocks[3]._row_scale(torch.zeros(1), layout.last, draws) for draws in (1, 2))
+    for scale, apart in ((attention, False), (experts, True)):
+        text, image = (part.view(300, -1) for part in scale.split([300 * 4, 300 * 10]))
+        for part in (text, image):
+            assert torch.equal(part, part[:, :1].expand_as(part))
+        agree = int((text[:, 0] == image[:, 0]).sum())
+        assert abs(agree - 150) <= 43 if apart else agree == 300  # standard deviation 8.7; five of them
+
+
 def test_gradient_checkpointing_of_packed_batches():
+    """The same bits, and each block really runs twice."""
     model = build()
-    gradients = []
+    gradients, calls = [], []
+    model.blocks[1].register_forward_pre_hook(lambda *_: calls.append(model.gradient_checkpointing))
     for model.gradient_checkpointing in (False, True):
         model.zero_grad()
         layout = pack(LENGTHS, windows(), **MIXTURES["all"], vl_branch=True)
         model.forward_packed(layout, texts(), images()).last_hidden_state.square().sum().backward()
         gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+    assert calls == [False, True, True]
     assert gradients[0].keys() == gradients[1].keys()
     assert all(torch.equal(gradient, gradients[1][name]) for name, gradient in gradients[0].items())
 
@@ -304,6 +360,7 @@ def test_gradient_checkpointing_of_packed_batches():
         ({}, ValueError, "texts, images or pairs must hold a sequence, got none"),
         ({"text_lengths": [3, 0]}, ValueError, "text_lengths must be at least 1, got 0"),
         ({"text_lengths": [3.0]}, TypeError, "text_lengths must be integers, got torch.float32"),
+        ({"text_lengths": [True]}, TypeError, "text_lengths must be integers, got torch.bool"),
         ({"text_lengths": [[3]]}, ValueError, r"text_lengths must be one-dimensional, got shape \(1, 1\)"),
         ({"image_windows": [-1]}, ValueError, "image_windows must be at least 1, got -1"),
         ({"text_lengths": [3], "texts": [1]}, ValueError, "texts must be from 0 to 0, got 1"),
