@@ -1,5 +1,6 @@
 """The package as an object: what importing it costs, what wheel and sdist hold, how it installs, what it names."""
 
+import ast
 import json
 import os
 import re
@@ -22,11 +23,14 @@ OFFLINE = ("--no-deps", "--no-index", "--no-build-isolation", "--quiet")
 # Makes the named packages impossible to find, whether they are installed or not.
 BLOCK = """
 import sys
-class Block:
+class Without:
+    def __init__(self, finder):
+        self.finder = finder
     def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in {names!r}:
-            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
-sys.meta_path.insert(0, Block())
+        return None if name.partition(".")[0] in {names!r} else self.finder.find_spec(name, path, target)
+    def __getattr__(self, name):
+        return getattr(self.finder, name)
+sys.meta_path[:] = map(Without, sys.meta_path)
 """
 
 
@@ -62,16 +66,24 @@ def test_command_line_imports_only_what_it_runs() -> None:
 
 
 def test_model_runs_with_torch_alone() -> None:
-    blocked = ("triton", "transformers", "xformers", "PIL")
+    """Every kind of input, padded and packed, forward and backward, and the contrastive loss."""
+    blocked = ("triton", "transformers", "xformers", "PIL", "numpy", "scipy", "safetensors", "tqdm")
     code = """
 import torch, vlmo_fast
+from vlmo_fast import ops
 config = vlmo_fast.MoMEConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_vl_layers=1,
                               image_size=32, patch_size=16, vocab_size=50, max_text_length=8)
 model = vlmo_fast.MoMETransformer(config).eval()
-output = model(input_ids=torch.randint(0, 50, (2, 8)), pixel_values=torch.randn(2, 3, 32, 32))
-assert output.last_hidden_state.shape[0] == 2 and output.last_hidden_state.shape[-1] == 32
-assert output.last_hidden_state.isfinite().all()
-output.last_hidden_state.square().mean().backward()
+ids, pixels = torch.randint(0, 50, (2, 8)), torch.randn(2, 3, 32, 32)
+pair = model(input_ids=ids, pixel_values=pixels)
+assert pair.last_hidden_state.shape == (2, 8 + 5, 32)
+image, text = model(pixel_values=pixels, use_vl_branch=True), model(input_ids=ids, use_vl_branch=True)
+packed = model.forward_packed(vlmo_fast.pack([8, 3], [2, 2], pairs=[(1, 0)], texts=[0]), ids, pixels)
+loss = ops.contrastive_loss(image.image_embeds, text.text_embeds, torch.tensor(3.0))
+loss = loss + pair.pooler_output.sum() + packed.pooler_output.sum() + packed.text_embeds.sum()
+assert loss.isfinite()
+loss.backward()
+assert model.blocks[0].attention.qkv.weight.grad.isfinite().all()
 assert not [name for name in sys.modules if name.partition(".")[0] in BLOCKED]
 """
     python(BLOCK.format(names=blocked) + code.replace("BLOCKED", repr(blocked)))
@@ -89,6 +101,16 @@ def test_exports_are_listed_once() -> None:
     assert set(vlmo_fast.__all__) < set(dir(vlmo_fast))
     with pytest.raises(AttributeError, match="no_such_name"):
         _ = vlmo_fast.no_such_name
+
+
+def test_exports_are_typed() -> None:
+    """What type checkers are told of is what `__getattr__` finds: a name missing there would be Any to them."""
+    import vlmo_fast
+
+    body = ast.parse((ROOT / "vlmo_fast" / "__init__.py").read_text(encoding="utf-8")).body
+    (told,) = [node.body for node in body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"]
+    imports = [node for node in told if isinstance(node, ast.ImportFrom)]
+    assert {alias.name: node.module for node in imports for alias in node.names} == vlmo_fast._MODULE_OF
 
 
 def test_missing_transformers_names_the_command() -> None:
@@ -128,6 +150,37 @@ def test_symlinks(name: str) -> None:
     assert link.readlink() == Path("..", name)  # relative, so that it survives a move
     assert link.is_dir()
     assert not list((ROOT / name).rglob("__init__.py"))
+
+
+def test_linters_see_what_is_linked_once() -> None:
+    """Also where a hook hands them the names of single files."""
+    pytest.importorskip("ruff")
+    ruff = (sys.executable, "-m", "ruff", "check", "--force-exclude", "--show-files")
+    shown = {Path(line).relative_to(ROOT).as_posix() for line in run(*ruff).splitlines()}
+    assert {path.relative_to(ROOT).as_posix() for path in (ROOT / "kernels").glob("*.py")} <= shown
+    assert not [name for name in shown if name.startswith(("vlmo_fast/kernels/", "vlmo_fast/csrc/"))]
+    assert run(*ruff, "vlmo_fast/kernels/ffn.py").splitlines() == []
+
+
+@pytest.mark.parametrize("name", ["CONTRIBUTING.md", "docs/architecture.md"])
+def test_documents_name_files_that_are_there(name: str) -> None:
+    """By their path or the end of it."""
+    named = re.findall(r"`([\w./-]+(?:\.(?:py|md|sh|toml|txt)|/))`", (ROOT / name).read_text(encoding="utf-8"))
+    folders = ("vlmo_fast", "kernels", "csrc", "tests", "benchmarks", "tools", "docs", "examples")
+    paths = [*ROOT.iterdir(), *(path for folder in folders for path in (ROOT / folder).rglob("*"))]
+    there = [f"/{path.relative_to(ROOT).as_posix()}" for path in paths]
+    there += [f"/{folder}" for folder in folders]
+    assert named
+    assert [name for name in named if not any(path.endswith(f"/{name.rstrip('/')}") for path in there)] == []
+
+
+def test_first_screen_of_the_readme() -> None:
+    """Two commands, an example of five lines and the picture of the report, in this order, above all else."""
+    screen = (ROOT / "README.md").read_text(encoding="utf-8").partition("\n## ")[0]
+    found = re.search(r"make demo .*\nmake test .*```python\n(.*?)```.*!\[[^]]+\]\((.*?)\)", screen, re.DOTALL)
+    assert found
+    assert len([line for line in found[1].splitlines() if line]) == 5  # test_readme.py runs them
+    assert (ROOT / found[2]).read_bytes().startswith(b"\x89PNG")
 
 
 def test_files_name_no_machine_and_no_registry(require_tool: Callable[[str], str]) -> None:
@@ -227,9 +280,10 @@ def test_metadata(installed: Path) -> None:
     assert (fields["Name"], fields["Version"]) == ("vlmo_fast", "0.1.0")
     assert (fields["License-Expression"], fields.get_all("License-File")) == ("Apache-2.0", ["LICENSE"])
     assert fields["Requires-Python"] == ">=3.10"
-    base = [line for line in distribution.requires or [] if "extra ==" not in line]
-    assert [re.match(r"\w+", line).group() for line in base] == ["torch", "triton"]
-    assert all("==" not in line and "<" not in line for line in (line.partition(";")[0] for line in base))
+    base = [line.replace("'", '"') for line in distribution.requires or [] if "extra ==" not in line]
+    assert base == ["torch>=2.10", 'triton>=3.6; platform_system == "Linux"']
+    extras = {"transformers", "demo", "data", "xformers", "build", "benchmark", "test", "dev"}
+    assert set(fields.get_all("Provides-Extra")) == extras
     # An extra that named torch could replace the build (CPU, CUDA) that the user chose.
     extras = [line for line in distribution.requires or [] if "extra ==" in line]
     assert extras
@@ -297,6 +351,24 @@ def test_make_help_lists_every_target(require_tool: Callable[[str], str]) -> Non
     targets = re.search(r"^\.PHONY: (.*)", (ROOT / "Makefile").read_text(), re.MULTILINE)
     assert targets
     assert all(f"make {target} " in text for target in targets[1].split() if target != "help")
+
+
+def test_a_missing_tool_fails_in_ci_and_skips_elsewhere(
+    require_tool: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CI", "true")
+    with pytest.raises(pytest.fail.Exception, match="no-such-tool is not on PATH; CI must have it"):
+        require_tool("no-such-tool")
+    monkeypatch.delenv("CI")
+    with pytest.raises(pytest.skip.Exception, match="no-such-tool is not on PATH"):
+        require_tool("no-such-tool")
+
+
+def test_ci_runs_the_targets_of_make() -> None:
+    script = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    assert re.findall(r"^step \S+ make (.+)$", script, re.MULTILINE) == ["venv", "check", "test", "test-slow"]
+    assert "\nexport CI=true\n" in script
+    assert os.access(ROOT / ".ci" / "run", os.X_OK)
 
 
 # The command line

@@ -2,7 +2,6 @@
 
 import copy
 import pickle
-import shutil
 from functools import cache
 
 import pytest
@@ -1191,9 +1190,9 @@ def test_compiles_with_interpolation_and_gradients():
 
 
 @pytest.mark.slow  # half a minute of compiling
-@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler on a CPU")
-def test_inductor():
+def test_inductor(require_tool):
     """One generated kernel set, end to end; another summation order than eager's, so float32 tolerance."""
+    require_tool("g++")
     torch._dynamo.reset()
     model = build(num_hidden_layers=2, num_vl_layers=1).requires_grad_(False)
     compiled = torch.compile(model, fullgraph=True)
