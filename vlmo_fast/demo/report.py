@@ -10,7 +10,6 @@ from __future__ import annotations
 import base64
 import io
 import math
-import os
 from html import escape
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
@@ -59,13 +58,14 @@ def write_report(results: DemoResults, path: Path) -> None:
     Raises:
         ImportError: Pillow is missing; names the command that installs it.
     """
+    from vlmo_fast._files import write_whole  # imports torch, which making a page does not need
+
     page = _page(results)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+
+    def write(unfinished: Path) -> None:
         unfinished.write_text(page, encoding="utf-8")
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+
+    write_whole(path, write)
 
 
 def _page(results: DemoResults) -> str:
