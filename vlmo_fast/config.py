@@ -61,7 +61,7 @@ class MoMEConfig:
         text_relative_span: text lengths that the relative table covers; at least `max_text_length`.
         layer_scale_init_value: initial value of the per-channel scale of each residual branch; None for no scale.
         hidden_dropout: dropout after the attention projection and after each expert, in [0, 1).
-        text_embedding_dropout: dropout of the text embeddings, in [0, 1).
+        text_embedding_dropout: dropout of the text embeddings, in [0, 1); the release trains with its drop path rate.
         drop_path_rate: stochastic depth of the last block, in [0, 1); grows linearly from 0 at the first.
         layer_norm_eps: epsilon of the blocks' norms and of the final norm.
         text_layer_norm_eps: epsilon of the text embedding's norm and of the masked-language head's.
