@@ -78,7 +78,7 @@ def __getattr__(name: str) -> Any:
     if name == "__version__":
         value: Any = _version()
     elif name in _MODULE_OF:
-        value = getattr(_load(_MODULE_OF[name], name), name)
+        value = getattr(import_module(_MODULE_OF[name]), name)
     else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     globals()[name] = value
@@ -96,17 +96,3 @@ def _version() -> str:
         return version("vlmo_fast")
     except PackageNotFoundError:  # a checkout on the path, not installed
         return "0+unknown"
-
-
-def _load(module: str, name: str) -> Any:
-    try:
-        return import_module(module)
-    except ModuleNotFoundError as error:
-        if not (error.name or "").startswith("transformers"):
-            raise
-        from vlmo_fast.doctor import install_command
-
-        raise ImportError(
-            f"vlmo_fast.{name} needs the package transformers, which is not installed. "
-            f"To install it: {install_command('transformers')}"
-        ) from error

@@ -4,20 +4,31 @@ Importing this makes transformers' Auto classes know VLMo; `AutoModelForZeroShot
 encoder.
 """
 
-from transformers import (
-    AutoConfig,
-    AutoImageProcessor,
-    AutoModel,
-    AutoModelForImageClassification,
-    AutoModelForMaskedImageModeling,
-    AutoModelForMaskedLM,
-    AutoModelForPreTraining,
-    AutoModelForVisualQuestionAnswering,
-    AutoModelForZeroShotImageClassification,
-    AutoProcessor,
-    AutoTokenizer,
-    BertTokenizer,
-)
+try:
+    from transformers import (
+        AutoConfig,
+        AutoImageProcessor,
+        AutoModel,
+        AutoModelForImageClassification,
+        AutoModelForMaskedImageModeling,
+        AutoModelForMaskedLM,
+        AutoModelForPreTraining,
+        AutoModelForVisualQuestionAnswering,
+        AutoModelForZeroShotImageClassification,
+        AutoProcessor,
+        AutoTokenizer,
+        BertTokenizer,
+    )
+except ModuleNotFoundError as error:
+    if error.name != "transformers":
+        raise
+    from vlmo_fast.doctor import install_command
+
+    raise ModuleNotFoundError(
+        "vlmo_fast.hf: the package transformers must be installed, got none; "
+        f"to install it: {install_command('transformers')}",
+        name=error.name,
+    ) from error
 
 from vlmo_fast.hf import modeling, processing
 from vlmo_fast.hf.configuration import VLMoConfig
