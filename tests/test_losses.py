@@ -136,6 +136,16 @@ def test_probabilities_of_swapped_modalities():
     torch.testing.assert_close(ours, swapped[::-1], rtol=1e-13, atol=1e-16)
 
 
+def test_probabilities_are_those_of_float32_under_autocast():
+    """Scores rounded to bfloat16 would move a weight by some percent at the released scale."""
+    image, text = (x.float() for x in embeddings(5))
+    scale = torch.tensor(1 / 0.07)
+    wanted = losses.hard_negative_probabilities(image, text, scale)
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = losses.hard_negative_probabilities(image, text, scale)
+    assert all(torch.equal(a, b) for a, b in zip(ours, wanted, strict=True))
+
+
 def test_draws_follow_the_probabilities():
     """Chi-square over 4,000 seeded draws for each of 2 x 6 rows.
 

@@ -662,6 +662,16 @@ def test_cls_only(kind, path, vl_layers):
     assert gradients.keys() <= full_gradients.keys()
 
 
+def test_cls_only_draws_as_ever():
+    """In training, too: the first token's row takes its own half's draw of stochastic depth."""
+    model = build(num_vl_layers=0, drop_path_rate=0.5).double().train()
+    arguments, pooled = inputs(batch=8, dtype=torch.float64), []
+    for cls_only in (False, True):
+        torch.manual_seed(3)
+        pooled.append(run(model, "pair", *arguments, cls_only=cls_only, output_hidden_states=True).pooler_output)
+    close(pooled[1], pooled[0])
+
+
 # Independence of samples and padding
 
 
