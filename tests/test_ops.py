@@ -1,14 +1,14 @@
 """The public operations: values and gradients against float64, the dispatch table, and every refusal."""
 
 import math
-import sys
-import types
+from dataclasses import replace
 
+import fake_xformers
 import pytest
 import torch
 
 from vlmo_fast import ops
-from vlmo_fast.ops import _attention, dispatch
+from vlmo_fast.ops import _attention, _fused, dispatch
 
 # Relative Frobenius error against float64 on the same, already rounded inputs. In half precision the softmax weights
 # and the output are rounded, half an eps each. In float32 the scores round too: a score of size s moves its weight by
@@ -326,47 +326,72 @@ def test_explicit_choices():
 
 
 def test_xformers_is_chosen_by_name_alone(monkeypatch):
-    """And only where it can run; otherwise the refusal says why and what can."""
+    """By `attention`, and only where it can run; otherwise the refusal says why and what can."""
     with pytest.raises(NotImplementedError, match=r"xformers runs on CUDA devices, not on cpu\); these can: \['sdpa'"):
         ops.select("attention", ops.Problem("cpu", torch.float32), "xformers")
     cuda = ops.Problem("cuda", torch.bfloat16)
     monkeypatch.setattr(dispatch, "find_spec", lambda name: name)
     assert ops.select("attention", cuda, "xformers") == "xformers"
     assert ops.select("attention", cuda) == "sdpa"
+    for problem, why in (
+        (replace(cuda, dtype=torch.float64), "takes float32, float16 and bfloat16"),
+        (replace(cuda, capability=(10, 0)), r"up to compute capability 9.0, this device has \(10, 0\)"),
+    ):
+        with pytest.raises(NotImplementedError, match=why):
+            ops.select("attention", problem, "xformers")
     monkeypatch.setattr(dispatch, "find_spec", lambda name: None)
     with pytest.raises(NotImplementedError, match="the package xformers is not installed"):
         ops.select("attention", cuda, "xformers")
 
 
-@pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("mask", [False, True])
+@pytest.mark.parametrize(("bias", "mask"), [(False, False), (False, True), (True, False), (True, True)])
 def test_what_xformers_is_given(monkeypatch, bias, mask):
-    """Its kernels need a GPU; what reaches them is checked by a stand-in that computes what xformers documents."""
-
-    def memory_efficient_attention(query, key, value, attn_bias=None, scale=None):
-        assert query.shape == (2, 4, 3, 6)  # (B, S, heads, d)
-        assert (attn_bias is None) == (not bias and not mask)
-        if attn_bias is not None:
-            assert attn_bias.shape == (2, 3, 4, 5)
-            assert attn_bias.dtype == query.dtype
-            assert attn_bias.stride(-1) == 1
-            assert attn_bias.stride(-2) % 8 == 0
-        output = torch.nn.functional.scaled_dot_product_attention(
-            *(x.transpose(1, 2) for x in (query, key, value)), attn_mask=attn_bias, scale=scale
-        )
-        return output.transpose(1, 2)
-
-    module = types.ModuleType("xformers.ops")
-    module.memory_efficient_attention = memory_efficient_attention
-    monkeypatch.setitem(sys.modules, "xformers", types.ModuleType("xformers"))
-    monkeypatch.setitem(sys.modules, "xformers.ops", module)
+    """Heads of 6 and 5 keys, of which neither fits its kernels: values and gradients, where it takes what it gets."""
+    fake_xformers.install(monkeypatch)
     tensors = problem(bias=bias, mask=mask)
-    actual, wanted = _attention._xformers(*tensors, 0.3), ops.attention(*tensors, scale=0.3, backend="eager")
+    actual, wanted = _fused.xformers(*tensors, 0.3), ops.attention(*tensors, scale=0.3, backend="eager")
     torch.testing.assert_close(actual, wanted)
     leaves = [x for x in tensors if x is not None and x.requires_grad]
     weight = torch.randn_like(wanted)
     for ours, theirs in zip(*(torch.autograd.grad(x, leaves, weight) for x in (actual, wanted)), strict=True):
         torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("num_keys", [5, 8])
+def test_xformers_gets_rows_that_lie_apart_together(monkeypatch, num_keys):
+    """A bias gathered as (S, S, heads) and permuted: padded as it lies, its keys would stay a stride apart."""
+    fake_xformers.install(monkeypatch)
+    query, key, value, _, _ = problem(bias=False, mask=False, num_keys=num_keys, dtype=torch.float32)
+    bias = torch.randn(4, num_keys, 3).permute(2, 0, 1)
+    actual = _fused.xformers(query, key, value, bias, None, 0.3)
+    torch.testing.assert_close(actual, ops.attention(query, key, value, bias, scale=0.3, backend="eager"))
+
+
+@pytest.mark.parametrize(("bias", "given"), [(True, 40), (False, 34)])
+def test_what_torchs_cuda_kernels_are_given(monkeypatch, bias, given):
+    """Base_plus has heads of 34: beside a mask they take multiples of 8. A float32 bias gets the query's dtype."""
+    seen = []
+
+    def sdpa(query, key, value, attn_mask, scale):
+        seen.extend([*(x.shape[-1] for x in (query, key, value)), None if attn_mask is None else attn_mask.dtype])
+        return value.new_empty(query.shape)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", sdpa)
+    query = torch.empty(2, 3, 5, 34, dtype=torch.bfloat16, device="meta")  # a device that is not the CPU
+    table = torch.empty(3, 5, 5, device="meta") if bias else None
+    assert ops.attention(query, query, query, table, backend="sdpa").shape == query.shape
+    assert seen == [given] * 3 + [torch.bfloat16 if bias else None]
+
+
+def test_a_gradient_of_the_bias_alone():
+    """On CUDA torch's kernels crash at it (pytorch#148476) and xformers forgets it, so the reference computes it."""
+    with_others, alone = (ops.Problem("cuda", torch.bfloat16, True, 64, only_bias_grad=only) for only in (False, True))
+    assert (ops.select("attention", with_others), ops.select("attention", alone)) == ("sdpa", "eager")
+    for name in ("sdpa", "xformers"):
+        with pytest.raises(NotImplementedError, match=r"no gradient of the bias alone\); these can: \['eager'\]"):
+            ops.select("attention", alone, name)
+    on_cpu = ops.Problem("cpu", torch.float32, True, 64, only_bias_grad=True)
+    assert ops.select("attention", on_cpu, "sdpa") == "sdpa"
 
 
 def test_unknown_backend_names_the_known_ones():
@@ -384,7 +409,7 @@ def test_the_op_runs_what_was_selected(monkeypatch):
     """`attention` runs the implementation by the name that `select` gave, whatever it is."""
     tensors = (torch.ones(1, 1, 2, 4),) * 3
     monkeypatch.setattr(ops.reference, "attention", lambda *_: "the reference")
-    monkeypatch.setattr(_attention, "_sdpa", lambda *_: "sdpa")
+    monkeypatch.setattr(_fused, "sdpa", lambda *_: "sdpa")
     assert ops.attention(*tensors, backend="eager") == "the reference"
     assert ops.attention(*tensors, backend="sdpa") == "sdpa"
     assert ops.attention(*tensors) == "the reference"
@@ -408,7 +433,7 @@ def test_the_problem_describes_the_call(monkeypatch):
     assert seen == [
         ("attention", without, "auto"),
         ("attention", with_gradient, "sdpa"),
-        ("attention", with_gradient, "auto"),
+        ("attention", replace(with_gradient, only_bias_grad=True), "auto"),
         ("attention", without, "auto"),
     ]
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from vlmo_fast.ops import reference
+from vlmo_fast.ops import _fused, reference
 from vlmo_fast.ops.dispatch import Problem, select
 
 __all__ = ["attention"]
@@ -68,47 +67,16 @@ def attention(
                 f"attention: key_mask must be (B, S_k) = {(key.shape[0], key.shape[2])}, got {tuple(key_mask.shape)}"
             )
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (query, key, value, bias))
-    problem = Problem(query.device.type, query.dtype, needs_grad, query.shape[-1])
+    bias_grad = torch.is_grad_enabled() and bias is not None and bias.requires_grad
+    others_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
+    problem = Problem(
+        *(query.device.type, query.dtype, bias_grad or others_grad, query.shape[-1]),
+        only_bias_grad=bias_grad and not others_grad,
+    )
     implementation = select("attention", problem, backend)
     if implementation == "xformers":
-        return _xformers(query, key, value, bias, key_mask, scale)
+        return _fused.xformers(query, key, value, bias, key_mask, scale)
     if implementation == "eager":
         with torch.autocast(query.device.type, enabled=False):  # scores and softmax stay in float32
             return reference.attention(query, key, value, bias, key_mask, scale)
-    return _sdpa(query, key, value, bias, key_mask, scale)
-
-
-def _sdpa(
-    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, key_mask: Tensor | None, scale: float
-) -> Tensor:
-    mask: Tensor | None = None
-    if key_mask is not None:
-        mask = key_mask[:, None, None, :]
-    if bias is not None:
-        bias = bias.to(query.dtype)[
-            None
-        ]  # a float32 mask beside bfloat16 queries gives wrong numbers in cuDNN's kernel
-        mask = bias if mask is None else bias.masked_fill(~mask, float("-inf"))
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
-
-
-def _xformers(
-    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, key_mask: Tensor | None, scale: float
-) -> Tensor:
-    from xformers.ops import memory_efficient_attention
-
-    (batch, heads, num_queries, _), num_keys = query.shape, key.shape[2]
-    mask: Tensor | None = None
-    if bias is not None or key_mask is not None:
-        # Its kernels want rows of the bias that begin at multiples of 8 elements: a slice of a wider tensor.
-        padded = (num_keys + 7) // 8 * 8
-        mask = query.new_zeros(1, heads, num_queries, padded)
-        if bias is not None:
-            mask = mask + F.pad(bias.to(query.dtype), (0, padded - num_keys))
-        if key_mask is not None:
-            mask = mask.masked_fill(~F.pad(key_mask, (0, padded - num_keys))[:, None, None, :], float("-inf"))
-        mask = mask.expand(batch, -1, -1, -1)[..., :num_keys]
-    swapped = (part.transpose(1, 2) for part in (query, key, value))  # (B, S, heads, d) each
-    output: Tensor = memory_efficient_attention(*swapped, attn_bias=mask, scale=scale)
-    return output.transpose(1, 2)
+    return _fused.sdpa(query, key, value, bias, key_mask, scale)

@@ -12,7 +12,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+
+from vlmo_fast.ops import _fused
 
 __all__ = ["Plan", "attend", "attend_backward", "plan"]
 
@@ -180,19 +181,10 @@ def _attend_chunk(
     if engine == "bucketed":
         weights = _weights(q, k, bias, bucket, heads, scale)
         return (weights.to(v.dtype).flatten(0, 1) @ v.flatten(0, 1)).unflatten(0, q.shape[:2])
-    q, k, v = q.detach(), k.detach(), v.detach()
-    mask = None
-    if bias is not None:  # in the query's dtype: cuDNN's kernel takes a float32 mask for bfloat16 numbers
-        mask = _bias_of(bias.detach()[heads], bucket, q.shape[2] == 1).to(q.dtype)[None]  # (1, h, Q, S)
-    if engine == "sdpa":
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
-    from xformers.ops import memory_efficient_attention
-
-    if mask is not None:  # it wants each sequence's bias, in rows that begin at multiples of 8 elements
-        width = mask.shape[-1]
-        mask = F.pad(mask, (0, -width % 8)).expand(len(q), -1, -1, -1)[..., :width]
-    result: Tensor = memory_efficient_attention(*(x.transpose(1, 2) for x in (q, k, v)), attn_bias=mask, scale=scale)
-    return result.transpose(1, 2)
+    # Detached, since fused kernels refuse a mask that wants a gradient; that is `attend_backward`'s work.
+    local = None if bias is None else _bias_of(bias.detach()[heads], bucket, q.shape[2] == 1)  # (h, Q, S)
+    attend_fused = _fused.sdpa if engine == "sdpa" else _fused.xformers
+    return attend_fused(q.detach(), k.detach(), v.detach(), local, None, scale)
 
 
 def attend_backward(

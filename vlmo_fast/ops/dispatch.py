@@ -31,6 +31,7 @@ class Problem:
         interpreted: whether Triton's interpreter runs kernels on CPU tensors, which a caller asked for by name.
         num_ranks: processes whose batches make one.
         capability: of a CUDA device, e.g. (9, 0), where the op asks for it.
+        only_bias_grad: whether of attention's inputs the bias alone wants a gradient.
     """
 
     device: str
@@ -40,6 +41,7 @@ class Problem:
     interpreted: bool = False
     num_ranks: int = 1
     capability: tuple[int, int] | None = None
+    only_bias_grad: bool = False
 
 
 class Choice(NamedTuple):
@@ -94,6 +96,8 @@ def _triton_attention(problem: Problem) -> tuple[bool, str]:
     accepted, reason = _runs_triton(problem)
     if not accepted:
         return False, reason
+    if problem.capability is not None and problem.capability < (8, 0):
+        return False, "needs compute capability 8.0"
     if problem.head_dim is not None and problem.head_dim > 128:
         return False, "takes heads up to 128 wide"
     return True, "reads the bias tile by tile, adds up its gradient in a fixed order, keeps no scores"
@@ -109,9 +113,30 @@ def _triton_ffn(problem: Problem) -> tuple[bool, str]:
 def _takes_xformers(problem: Problem) -> tuple[bool, str]:
     if problem.device != "cuda":
         return False, f"xformers runs on CUDA devices, not on {problem.device}"
+    if problem.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return False, "xformers takes float32, float16 and bfloat16"
+    if problem.capability is not None and problem.capability > (9, 0):
+        return False, f"xformers takes a bias up to compute capability 9.0, this device has {problem.capability}"
+    if problem.only_bias_grad:
+        return False, "xformers gives no gradient of the bias alone"
     if not _is_installed("xformers"):
         return False, "the package xformers is not installed"
-    return True, "xformers' memory-efficient attention"
+    return True, "xformers' memory-efficient attention: one kernel for all shapes"
+
+
+def _half_precision_inference(problem: Problem) -> bool:
+    return not problem.needs_grad and problem.dtype in (torch.float16, torch.bfloat16)
+
+
+def _takes_sdpa(why: str) -> Callable[[Problem], tuple[bool, str]]:
+    def accepts(problem: Problem) -> tuple[bool, str]:
+        # Its memory-efficient kernel saves what gradients need only where query, key or value want one; else it would
+        # read what was not saved (pytorch#148476).
+        if problem.only_bias_grad and problem.device == "cuda":
+            return False, "torch's CUDA kernels give no gradient of the bias alone"
+        return True, why
+
+    return accepts
 
 
 _CHUNKED = _Implementation("chunked", _everywhere("blocks of rows: torch's matmuls, memory linear in N"))
@@ -179,7 +204,7 @@ _IMPLEMENTATIONS: dict[str, tuple[_Implementation, ...]] = {
     "attention": (
         _Implementation(
             "sdpa",
-            _everywhere("torch's fused attention; no S x S scores in device memory where its kernels take the bias"),
+            _takes_sdpa("torch's fused attention; no S x S scores in device memory where its kernels take the bias"),
             automatic=lambda problem: problem.device != "cpu",
         ),
         _Implementation("eager", _everywhere("the reference; on a CPU the faster one (docs/log.md)")),
@@ -187,6 +212,9 @@ _IMPLEMENTATIONS: dict[str, tuple[_Implementation, ...]] = {
     ),
     "packed_attention": (
         _Implementation("triton", _triton_attention, _by_name),
+        # Before torch's, which in half precision may be cuDNN's kernel: that plans anew for each shape, tens of
+        # milliseconds, and lengths and numbers of sequences seldom come twice.
+        _Implementation("xformers", _takes_xformers, _half_precision_inference),
         _Implementation(
             "sdpa",
             _everywhere("torch's fused attention, a call for each shape of sequence; backward written out"),
@@ -196,7 +224,6 @@ _IMPLEMENTATIONS: dict[str, tuple[_Implementation, ...]] = {
             ),
         ),
         _Implementation("bucketed", _everywhere("matrix products and softmax for each shape of sequence")),
-        _Implementation("xformers", _takes_xformers, automatic=lambda problem: False),
         _Implementation("eager", _everywhere("the reference: a loop over the sequences")),
     ),
     "mome_ffn": (
