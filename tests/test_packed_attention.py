@@ -1,8 +1,9 @@
 """Packed attention: each implementation against the reference in float64, and its life under torch's tools."""
 
-import sys
-import types
+from contextlib import contextmanager
+from dataclasses import replace
 
+import fake_xformers
 import pytest
 import tolerances
 import torch
@@ -13,6 +14,7 @@ from vlmo_fast import ops
 from vlmo_fast.ops import _buckets, _packed_attention, dispatch, reference
 
 BACKENDS = ["bucketed", "sdpa", "eager"]
+FAST = pytest.mark.parametrize("backend", ["bucketed", "sdpa", "triton"])  # the last on a GPU, or interpreted
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # where Triton kernels run; on a CPU they are interpreted
 
 
@@ -117,7 +119,7 @@ ODD = {
     "texts of 196": [(196, 0), (7, 0), (196, 0)],
     "images of 224 px": [(0, 197), (0, 197)],
     "pairs of 237 and 236": [(40, 197), (39, 197)],
-    "two image sizes": [(13, 197), (12, 577), (0, 577)],  # 224 and 384 px
+    "two image sizes": [(13, 197), (40, 577), (0, 577)],  # 224 and 384 px
     "480 px": [(40, 901)],
 }
 
@@ -133,7 +135,7 @@ def test_float32_of_odd_lengths(lengths, backend):
 
 @pytest.mark.usefixtures("nan_filled_empty")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("width", [16, 32, 34, 64])
+@pytest.mark.parametrize("width", [16, 32, 34, 64, 128])
 def test_rounding_of_dtypes_and_head_sizes(dtype, width):
     lengths = [(12, 0), (9, 21), (0, 21), (9, 21), (14, 0)]
     for backend in ("bucketed", "sdpa"):
@@ -153,10 +155,24 @@ def test_large_bias(backend):
     check_rounding(single, segments, longest, False, backend, condition=1e4)
 
 
-def test_a_thousand_sequences():
+def leave_keys_out(bias):
+    """-inf where one row of the bias leaves out its own segment, another the other one, and all rows a key."""
+    with torch.no_grad():
+        bias[:, 8, :12] = bias[:, 14, :12] = bias[:, :, 7] = float("-inf")
+
+
+@pytest.mark.parametrize("backend", ["bucketed", "sdpa"])
+def test_keys_that_the_bias_leaves_out(backend):
+    tensors, segments, longest = problem([(12, 9), (5, 0)])
+    leave_keys_out(tensors[3])
+    check_float64(tensors, segments, longest, False, backend)
+
+
+@pytest.mark.parametrize("backend", ["bucketed", "sdpa"])
+def test_a_thousand_sequences(backend):
     generator = torch.Generator().manual_seed(3)
     lengths = [tuple(torch.randint(0, 5, (2,), generator=generator).tolist()) for _ in range(1000)]
-    check_float64(*problem(lengths, heads=1, width=4), False, "bucketed")
+    check_float64(*problem(lengths, heads=1, width=4), False, backend)
 
 
 def test_chunks_of_sequences_and_of_heads(monkeypatch):
@@ -244,11 +260,19 @@ def test_autocast():
     assert torch.autograd.grad(run(mixed, segments, longest), mixed[3], seed)[0].dtype == torch.float32
 
 
-def test_activation_checkpointing():
-    tensors, segments, longest = problem(MIXES["all kinds"])
+def small_problem(backend):
+    """Float32, on the device where the implementation runs; for interpreted kernels the fewest tokens."""
+    tensors, segments, longest = problem([(2, 3), (4, 0)] if backend == "triton" else MIXES["all kinds"])
+    device = DEVICE if backend == "triton" else "cpu"
+    return [x.detach().float().to(device).requires_grad_() for x in tensors], segments.to(device), longest
+
+
+@FAST
+def test_activation_checkpointing(backend):
+    tensors, segments, longest = small_problem(backend)
 
     def step(*tensors):
-        return run(tensors, segments, longest).square()
+        return run(tensors, segments, longest, backend=backend).square()
 
     seed = torch.randn_like(tensors[0])
     ours = torch.autograd.grad(checkpoint(step, *tensors, use_reentrant=False), tensors, seed)
@@ -256,22 +280,25 @@ def test_activation_checkpointing():
         assert torch.equal(one, other)
 
 
-def test_export():
+@FAST
+def test_export(backend):
     """Exported once, run on other lengths."""
 
     class Layer(torch.nn.Module):
         def forward(self, query, key, value, segments, bias):
-            return ops.packed_attention(query, key, value, segments, bias, max_length=64)
+            return ops.packed_attention(query, key, value, segments, bias, max_length=32, backend=backend)
 
-    tensors, segments, _ = problem([(3, 4), (2, 0)], places=16, text_places=9, grad=False)
+    def inputs(lengths):
+        tensors, segments, _ = problem(lengths, heads=1, places=16, text_places=9, grad=False, dtype=torch.float32)
+        device = DEVICE if backend == "triton" else "cpu"
+        query, key, value, bias = (x.to(device) for x in tensors)
+        return query, key, value, segments.to(device), bias
+
     rows, sequences = torch.export.Dim("rows", min=2), torch.export.Dim("sequences", min=2)
     shapes = ({0: rows}, {0: rows}, {0: rows}, {0: sequences}, None)
-    query, key, value, bias = tensors
-    program = torch.export.export(Layer(), (query, key, value, segments, bias), dynamic_shapes=shapes)
-    (query, key, value, bias), segments, _ = problem(MIXES["all kinds"], places=16, text_places=9, grad=False)
-    torch.testing.assert_close(
-        program.module()(query, key, value, segments, bias), Layer()(query, key, value, segments, bias)
-    )
+    program = torch.export.export(Layer(), inputs([(3, 4), (2, 0)]), dynamic_shapes=shapes).module()
+    others = inputs([(3, 0), (0, 5), (2, 4)])
+    torch.testing.assert_close(program(*others), Layer()(*others), rtol=0, atol=0)
 
 
 def test_flop_formula():
@@ -282,18 +309,55 @@ def test_flop_formula():
     assert counter.get_total_flops() == (4 + 10) * 9 * 2 * 8 * 7
 
 
+@FAST
 @pytest.mark.usefixtures("nan_filled_empty")
-def test_deterministic():
+def test_deterministic(backend):
     """Under torch's deterministic algorithms, and the same bits twice."""
     torch.use_deterministic_algorithms(True)
-    tensors, segments, longest = problem(MIXES["all kinds"], dtype=torch.float32)
+    tensors, segments, longest = small_problem(backend)
     seed = torch.randn_like(tensors[0])
-    first, second = (torch.autograd.grad(run(tensors, segments, longest), tensors, seed) for _ in range(2))
+    first, second = (
+        torch.autograd.grad(run(tensors, segments, longest, backend=backend), tensors, seed) for _ in range(2)
+    )
     for one, other in zip(first, second, strict=True):
         assert torch.equal(one, other)
 
 
-@pytest.mark.parametrize("backend", ["bucketed", "sdpa", "triton"])
+@FAST
+def test_compiles_whole(backend):
+    """Forward and backward in one graph each, with the values of the plain call."""
+    tensors, segments, longest = small_problem(backend)
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def step(*tensors):
+        return 2 * run(tensors, segments, longest, backend=backend)
+
+    seed = torch.randn_like(tensors[0])
+    compiled, plain = step(*tensors), 2 * run(tensors, segments, longest, backend=backend)
+    assert torch.equal(compiled, plain)
+    results = (torch.autograd.grad(out, tensors, seed) for out in (compiled, plain))
+    for one, other in zip(*results, strict=True):
+        assert torch.equal(one, other)
+
+
+@FAST
+def test_second_derivatives_are_refused(backend):
+    tensors, segments, longest = small_problem(backend)
+    out = run(tensors, segments, longest, backend=backend)
+    (first,) = torch.autograd.grad(out.square().sum(), tensors[3], create_graph=True)
+    with pytest.raises(NotImplementedError, match="packed_attention: backend must be 'eager' for derivatives of deriv"):
+        first.sum().backward()
+
+
+def test_second_derivatives_of_the_reference():
+    tensors, segments, longest = problem(MIXES["one pair"])
+    out = run(tensors, segments, longest, backend="eager")
+    (first,) = torch.autograd.grad(out.square().sum(), tensors[0], create_graph=True)
+    first.square().sum().backward()
+    assert all(x.grad.count_nonzero() for x in tensors)
+
+
+@FAST
 @pytest.mark.parametrize("cls_only", [False, True], ids=["all", "cls"])
 def test_opcheck(backend, cls_only):
     lengths = [(2, 3)] if backend == "triton" else MIXES["all kinds"]  # interpreted, it is slow
@@ -343,8 +407,9 @@ def test_many_compositions_compile_twice():
 # The door
 
 
-def test_choices():
+def test_choices(monkeypatch):
     """Torch's operators, fused in full precision; Triton's kernels by name alone, until they have run on a GPU."""
+    monkeypatch.setattr(dispatch, "find_spec", lambda name: None if name == "xformers" else name)
     half, single, double = torch.bfloat16, torch.float32, torch.float64
 
     def chosen(*problem, **more):
@@ -356,12 +421,41 @@ def test_choices():
         assert ops.select("packed_attention", ops.Problem("cuda", dtype, True, 128), "triton") == "triton"
         with pytest.raises(NotImplementedError, match="takes heads up to 128 wide"):
             ops.select("packed_attention", ops.Problem("cuda", dtype, True, 129), "triton")
+    with pytest.raises(NotImplementedError, match=r"needs compute capability 8\.0\); these can: \['sdpa', 'bucketed'"):
+        ops.select("packed_attention", ops.Problem("cuda", half, True, 64, capability=(7, 5)), "triton")
+    with pytest.raises(NotImplementedError, match="takes float32, float16 and bfloat16"):
+        ops.select("packed_attention", ops.Problem("cuda", double), "triton")
     for device in ("cuda", "cpu", "mps"):
         assert chosen(device, double, True, 64) == chosen(device, double, False, 64) == "sdpa"
     for needs_grad in (False, True):
         assert chosen("cpu", half, needs_grad, 64) == "bucketed"
         assert chosen("cpu", single, needs_grad, 64) == "sdpa"
     assert chosen("cpu", single, interpreted=True) == "sdpa"  # the kernels never by themselves
+
+
+def test_xformers_is_chosen_where_it_is_installed(monkeypatch):
+    """For inference in half precision on GPUs that its kernel for a bias takes; elsewhere by name, or not at all."""
+    monkeypatch.setattr(dispatch, "find_spec", lambda name: name)
+    inference = ops.Problem("cuda", torch.bfloat16, False, 64, capability=(9, 0))
+
+    def chosen(backend="auto", **change):
+        return ops.select("packed_attention", replace(inference, **change), backend)
+
+    for dtype in (torch.bfloat16, torch.float16):
+        for capability in ((8, 0), (8, 9), (9, 0)):
+            assert chosen(dtype=dtype, capability=capability) == "xformers"
+    others = ({"needs_grad": True}, "bucketed"), ({"dtype": torch.float32}, "sdpa"), ({"head_dim": 34}, "xformers")
+    for change, name in others:
+        assert chosen(**change) == name
+        assert chosen("xformers", **change) == "xformers"
+    for change, name, why in (
+        ({"dtype": torch.float64}, "sdpa", "xformers takes float32, float16 and bfloat16"),
+        ({"capability": (10, 0)}, "sdpa", r"up to compute capability 9.0, this device has \(10, 0\)"),
+        ({"device": "cpu"}, "bucketed", "xformers runs on CUDA devices, not on cpu"),
+    ):
+        assert chosen(**change) == name
+        with pytest.raises(NotImplementedError, match=why):
+            chosen("xformers", **change)
 
 
 def test_a_missing_triton_is_passed_over(monkeypatch):
@@ -402,25 +496,38 @@ def test_the_op_runs_what_was_selected(backend, monkeypatch):
 
 
 def test_what_xformers_is_given(monkeypatch):
-    """Its kernels need a GPU; what reaches them is checked by a stand-in that computes what xformers documents."""
-
-    def memory_efficient_attention(query, key, value, attn_bias=None, scale=None):
-        if attn_bias is not None:
-            assert attn_bias.shape == (len(query), query.shape[2], query.shape[1], key.shape[1])
-            assert attn_bias.dtype == query.dtype
-            assert attn_bias.stride(-2) % 8 == 0
-        scores = torch.einsum("bqhd,bkhd->bhqk", query, key) * scale
-        scores = scores if attn_bias is None else scores + attn_bias
-        return torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), value)
-
-    module = types.ModuleType("xformers.ops")
-    module.memory_efficient_attention = memory_efficient_attention
-    monkeypatch.setitem(sys.modules, "xformers", types.ModuleType("xformers"))
-    monkeypatch.setitem(sys.modules, "xformers.ops", module)
+    """Its kernels need a GPU; what reaches them is held to its own rules, and to the reference."""
+    fake_xformers.install(monkeypatch)
     monkeypatch.setattr(_packed_attention, "select", lambda *_: "xformers")
     for bias, cls_only in ((True, False), (False, False), (True, True)):
-        tensors, segments, longest = problem(MIXES["all kinds"], bias=bias, cls_only=cls_only)
-        check_float64(tensors, segments, longest, cls_only, "xformers")
+        for width in (8, 34):
+            tensors, segments, longest = problem(MIXES["all kinds"], bias=bias, cls_only=cls_only, width=width)
+            check_float64(tensors, segments, longest, cls_only, "xformers")
+    tensors, segments, longest = problem(MIXES["all kinds"], dtype=torch.bfloat16, grad=False)
+    tensors[3] = tensors[3].float()  # mixed precision
+    assert run(tensors, segments, longest).dtype == torch.bfloat16
+
+
+@pytest.mark.usefixtures("nan_filled_empty")
+def test_kernels_start_on_the_tensors_device(monkeypatch):
+    """Triton launches on the current device; both passes make it the query's."""
+    from vlmo_fast.kernels import attention as kernels
+
+    current, seen = [], []
+
+    @contextmanager
+    def device_of(tensor):
+        current.append(tensor.device)
+        yield
+        current.pop()
+
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    for name in ("forward", "backward"):
+        launch = getattr(kernels, name)
+        monkeypatch.setattr(kernels, name, lambda *a, launch=launch: seen.append(list(current)) or launch(*a))
+    tensors, segments, longest = small_problem("triton")
+    run(tensors, segments, longest, backend="triton").sum().backward()
+    assert seen == [[tensors[0].device]] * 2
 
 
 # What is refused

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -59,13 +59,16 @@ def packed_attention(
         ValueError: shapes or devices disagree, segments overlap or leave their range (looked at on the host only), or
             the backend is unknown.
         TypeError: dtypes disagree.
-        NotImplementedError: the backend cannot run here; names those that can.
+        NotImplementedError: the backend cannot run here (names those that can), or has no second derivative.
     """
     _validate(query, key, value, segments, bias, host_segments, cls_only)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (query, key, value, bias))
     interpreted = backend == "triton" and triton_interprets()
-    problem = Problem(query.device.type, query.dtype, needs_grad, query.shape[-1], interpreted)
+    capability = _capability(query.device.index) if query.device.type == "cuda" else None
+    problem = Problem(
+        query.device.type, query.dtype, needs_grad, query.shape[-1], interpreted=interpreted, capability=capability
+    )
     implementation = select("packed_attention", problem, backend)
     if implementation == "eager":
         with torch.autocast(query.device.type, enabled=False):
@@ -116,6 +119,11 @@ def _validate(
             fail("host_segments", f"be {tuple(segments.shape)} like segments", tuple(host_segments.shape))
 
 
+@torch.compiler.assume_constant_result
+def _capability(device_index: int) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device_index)
+
+
 def _plan(
     segments: Tensor, host_segments: Tensor | None, num_rows: int, bias: Tensor | None, max_length: int
 ) -> _buckets.Plan:
@@ -150,7 +158,8 @@ def _forward(
     scale: float,
     implementation: str,
 ) -> tuple[Tensor, Tensor]:
-    with torch.autocast(query.device.type, enabled=False):  # scores and softmax stay in float32
+    # Scores and softmax stay in float32. Triton launches on the current device, which need not be the tensors'.
+    with torch.autocast(query.device.type, enabled=False), torch.cuda.device_of(query):
         if implementation == "triton":
             from vlmo_fast.kernels import attention as kernels
 
@@ -179,7 +188,7 @@ def _backward(
     bias_grad: bool,
     implementation: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    with torch.autocast(query.device.type, enabled=False):
+    with torch.autocast(query.device.type, enabled=False), torch.cuda.device_of(query):
         if implementation == "triton":
             from vlmo_fast.kernels import attention as kernels
 
@@ -260,6 +269,10 @@ def _autograd(ctx: Any, grad: Tensor, _: Any) -> tuple[Any, ...]:
     return d_query, d_key, d_value, None, None, d_bias if bias_grad else None, None, None, None, None
 
 
+def _no_second_derivative(ctx: Any, *_: Any) -> NoReturn:
+    raise NotImplementedError("packed_attention: backend must be 'eager' for derivatives of derivatives, got another")
+
+
 torch.library.define(
     "vlmo_fast::packed_attention",
     "(Tensor query, Tensor key, Tensor value, Tensor segments, Tensor? host_segments, Tensor? bias, "
@@ -276,6 +289,7 @@ torch.library.impl("vlmo_fast::packed_attention_backward", "default", _backward)
 torch.library.register_fake("vlmo_fast::packed_attention", _fake)
 torch.library.register_fake("vlmo_fast::packed_attention_backward", _fake_backward)
 torch.library.register_autograd("vlmo_fast::packed_attention", _autograd, setup_context=_setup_context)
+torch.library.register_autograd("vlmo_fast::packed_attention_backward", _no_second_derivative)
 
 
 # Shapes do not tell how long each sequence is: as if all were of the largest length.
