@@ -5,7 +5,8 @@
 
 Layout: query, key and value are (N, H, d) with any row and head stride, rows of a segment adjacent; `segments` is
 (B, 2, 3) int32, (first row, length, first bias row) of a sequence's text and image; bias is (H, R, R), contiguous along
-a row. With CLS_ONLY the query is (B, H, d), one first token a sequence.
+a row, its strides in units of ALIGN, which tells the compiler how wide its loads may be (a hint on an argument does
+not). With CLS_ONLY the query is (B, H, d), one first token a sequence.
 
 Saved are O and, for each query and head, the largest score (base 2) and 1 / sum of exp2(score - largest), (2, H, N)
 float32: as one number, the usual log-sum-exp, they would cost weights in float32 up to three bits. Scores are
@@ -29,6 +30,8 @@ import triton
 import triton.language as tl
 
 LOG2_E = tl.constexpr(1.4426950408889634)
+# What changes from batch to batch: a kernel is not built anew for a number that 16 divides, or for 1.
+_COUNTS = ("num_rows", "num_tiles", "num_sequences", "num_places", "bias_head_stride", "bias_row_stride")
 
 
 @triton.jit
@@ -132,15 +135,16 @@ def _fwd_step(
     k = _load_keys(k_ptr, token_n, column, k_row_stride, token_n < count, MASKED, HEAD_DIM, BLOCK_D)  # (N, D)
     scores = _scores(q, k, bias_ptr, bias_m, token_n, mask_m, count, scale, MASKED, ALIGN, HAS_BIAS, PRECISION)
     new_top = tl.maximum(top, tl.max(scores, 1))  # (M,)
-    p = tl.math.exp2(scores - new_top[:, None])  # (M, N)
-    shrink = tl.math.exp2(top - new_top)
+    shift = tl.where(new_top == float("-inf"), 0.0, new_top)  # a bias may leave out all keys so far
+    p = tl.math.exp2(scores - shift[:, None])  # (M, N)
+    shrink = tl.math.exp2(top - shift)
     total = total * shrink + tl.sum(p, 1)
     v = _load_keys(v_ptr, token_n, column, v_row_stride, token_n < count, MASKED, HEAD_DIM, BLOCK_D)  # (N, D)
     acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)  # (M, D)
     return acc, new_top, total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_COUNTS)
 def _packed_attention_fwd_kernel(
     q_ptr,
     k_ptr,
@@ -184,9 +188,9 @@ def _packed_attention_fwd_kernel(
     token_m = tile * BLOCK_M + tl.arange(0, BLOCK_M)  # (M,)
     mask_m = token_m < num_queries
     row_m = sequence + token_m if CLS_ONLY else _rows(token_m, row0, len0, row1)
-    bias_m = _rows(token_m, place0, len0, place1) * tl.multiple_of(bias_row_stride, ALIGN)
+    bias_m = _rows(token_m, place0, len0, place1) * (bias_row_stride * ALIGN)
     column = tl.arange(0, BLOCK_D)
-    bias_ptr += head * bias_head_stride
+    bias_ptr += head * (bias_head_stride * ALIGN)
     q = _load_rows(q_ptr + head * q_head_stride, row_m, column, q_row_stride, mask_m, HEAD_DIM, BLOCK_D)  # (M, D)
 
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
@@ -307,7 +311,7 @@ def _bwd_dq_pass(
     return sum_
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_COUNTS)
 def _packed_attention_bwd_dq_kernel(
     q_ptr,
     k_ptr,
@@ -361,9 +365,9 @@ def _packed_attention_bwd_dq_kernel(
     token_m = tile * BLOCK_M + tl.arange(0, BLOCK_M)  # (M,)
     mask_m = token_m < num_queries
     row_m = sequence + token_m if CLS_ONLY else _rows(token_m, row0, len0, row1)
-    bias_m = _rows(token_m, place0, len0, place1) * tl.multiple_of(bias_row_stride, ALIGN)
+    bias_m = _rows(token_m, place0, len0, place1) * (bias_row_stride * ALIGN)
     column = tl.arange(0, BLOCK_D)
-    bias_ptr += head * bias_head_stride
+    bias_ptr += head * (bias_head_stride * ALIGN)
     d_out_ptr += head * d_out_head_stride
     q = _load_rows(q_ptr + head * q_head_stride, row_m, column, q_row_stride, mask_m, HEAD_DIM, BLOCK_D)  # (M, D)
     d_out = _load_rows(d_out_ptr, row_m, column, d_out_row_stride, mask_m, HEAD_DIM, BLOCK_D)  # (M, D)
@@ -405,7 +409,7 @@ def _packed_attention_bwd_dq_kernel(
     tl.store(target, dq.to(dq_ptr.dtype.element_ty), mask=mask_m[:, None] & (column < HEAD_DIM)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_COUNTS)
 def _packed_attention_bwd_dkv_kernel(
     q_ptr,
     k_ptr,
@@ -466,7 +470,7 @@ def _packed_attention_bwd_dkv_kernel(
     v = _load_rows(v_ptr + head * v_head_stride, row_n, column, v_row_stride, mask_n, HEAD_DIM, BLOCK_D)  # (N, D)
     q_ptr += head * q_head_stride
     d_out_ptr += head * d_out_head_stride
-    bias_ptr += head * bias_head_stride + place
+    bias_ptr += head * (bias_head_stride * ALIGN) + place
 
     dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
@@ -483,7 +487,7 @@ def _packed_attention_bwd_dkv_kernel(
         delta = tl.load(delta_ptr + place_in_stats, mask=mask_m, other=0.0)  # (M,)
         scores = tl.dot(k, tl.trans(q), input_precision=PRECISION) * (scale * LOG2_E)  # (N, M)
         if HAS_BIAS:
-            bias_m = _rows(token_m, place0, len0, place1) * tl.multiple_of(bias_row_stride, ALIGN)
+            bias_m = _rows(token_m, place0, len0, place1) * (bias_row_stride * ALIGN)
             keep = mask_m[:, None] & (token_n < tl.cdiv(count, ALIGN) * ALIGN)[None, :]  # constant over ALIGN keys
             bias = tl.load(bias_ptr + bias_m[:, None] + token_n[None, :], mask=keep, other=0.0)  # (M, N)
             scores += tl.trans(bias).to(tl.float32) * LOG2_E
@@ -498,7 +502,7 @@ def _packed_attention_bwd_dkv_kernel(
     tl.store(dv_ptr + offset, dv.to(dv_ptr.dtype.element_ty), mask=keep)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_COUNTS)
 def _packed_attention_bwd_dbias_kernel(
     q_ptr,
     k_ptr,
@@ -529,6 +533,7 @@ def _packed_attention_bwd_dbias_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     CHUNK: tl.constexpr,
+    ALIGN: tl.constexpr,
     CLS_ONLY: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -543,8 +548,8 @@ def _packed_attention_bwd_dbias_kernel(
     place_n = first_n + tl.arange(0, BLOCK_N)  # (N,)
     column = tl.arange(0, BLOCK_D)
     keep = (place_m < num_places)[:, None] & (place_n < num_places)[None, :]
-    offset = place_m.to(tl.int64)[:, None] * bias_row_stride + place_n[None, :]
-    bias = tl.load(bias_ptr + head * bias_head_stride + offset, mask=keep, other=0.0)  # (M, N)
+    offset = place_m.to(tl.int64)[:, None] * (bias_row_stride * ALIGN) + place_n[None, :]
+    bias = tl.load(bias_ptr + head * (bias_head_stride * ALIGN) + offset, mask=keep, other=0.0)  # (M, N)
     q_ptr += head * q_head_stride
     k_ptr += head * k_head_stride
     v_ptr += head * v_head_stride
@@ -671,9 +676,11 @@ class _Call:
         self.align = 1
         if bias is not None:
             self.bias, self.align = _aligned(self.bias, place_alignment)
+        self.bias_strides = tuple(stride // self.align for stride in _strides(self.bias))
         self.options = {
             "HEAD_DIM": width,
             "BLOCK_D": block,
+            "ALIGN": self.align,
             "CLS_ONLY": cls_only,
             "PRECISION": _precision(query.dtype),
         }
@@ -726,11 +733,10 @@ def forward(query, key, value, segments, bias, max_length, cls_only, scale, plac
     if grid:
         _packed_attention_fwd_kernel[(grid,)](
             *(call.query, call.key, call.value, segments, call.bias, out, stats),
-            *(*_strides(call.query), *_strides(call.key), *_strides(call.value), *_strides(call.bias)),
+            *(*_strides(call.query), *_strides(call.key), *_strides(call.value), *call.bias_strides),
             *(call.num_rows, call.num_heads, num_tiles, scale),
             **call.options,
             **tiles,
-            ALIGN=call.align,
             HAS_BIAS=bias is not None,
         )
     return stats
@@ -771,9 +777,9 @@ def backward(
     tensors = (call.query, call.key, call.value, segments, call.bias)
     strides = (
         *(*_strides(call.query), *_strides(call.key), *_strides(call.value), *_strides(grad)),
-        *_strides(call.bias),
+        *call.bias_strides,
     )
-    options = call.options | {"ALIGN": call.align, "HAS_BIAS": bias is not None}
+    options = call.options | {"HAS_BIAS": bias is not None}
     launches = call.num_heads * call.num_sequences
     if not launches or not max_length:
         if d_bias is not None:
