@@ -132,6 +132,19 @@ def test_padded_attention_is_packed_attention(kind):
     assert int(batch.real.sum()) == batch.num_rows
 
 
+@pytest.mark.parametrize("mode", bench_attention.MODES)
+def test_contenders_of_attention_agree(bench, monkeypatch, mode):
+    """What has no gradient of the bias, and what needs a GPU, is named with its refusal."""
+    for name, value in (("HEADS", 2), ("SIZE", 8), ("IMAGE", 5)):
+        monkeypatch.setattr(bench_attention, name, value)
+    bench_attention.bench_attention(bench, "pairs", 2, mode)
+    (record,) = bench.results.data["groups"]
+    refused = {skip["name"] for skip in record["skipped"]}
+    flash = set() if mode == "forward" else {"SDPA, flash"}
+    assert refused == {"xformers"} | flash
+    assert set(errors(bench)) == {"ours", "eager", "SDPA, flash", "SDPA, math"} - flash
+
+
 def test_stacked_experts_are_the_same_experts():
     sizes = (3, 5)
     experts = [
