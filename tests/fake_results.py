@@ -7,6 +7,7 @@ import numpy as np
 from vlmo_fast.data import ATTRIBUTION, Captions, Questions, SceneWorld, shape_sprites
 from vlmo_fast.data.scenes import Statements
 from vlmo_fast.demo.results import (
+    CaptionExample,
     DemoResults,
     QuestionExample,
     QuestionResults,
@@ -110,8 +111,8 @@ def fake_history(rng: np.random.Generator) -> list[dict[str, float]]:
 
 
 def fake_retrieval(gallery: Captions, rng: np.random.Generator) -> RetrievalResults:
-    """Searches whose right picture comes first, third, not among the five, first again, and so on."""
-    examples = []
+    """Searches whose right picture comes first, third, not among the five, first again, and so on; so the captions."""
+    examples, caption_examples = [], []
     for n, right in enumerate((0, 2, None, 0, 1, 0, 4)):
         query = 11 * n
         others = [query // 4 * 4 + k for k in range(4) if query // 4 * 4 + k != query]
@@ -128,6 +129,15 @@ def fake_retrieval(gallery: Captions, rng: np.random.Generator) -> RetrievalResu
                 rank=17 if right is None else right + 1,
             )
         )
+        caption_examples.append(
+            CaptionExample(
+                image=gallery.images[query],
+                captions=[gallery.captions[k] for k in others[:5]],
+                scores=[0.88 - 0.051 * place for place in range(5)],
+                right=right,
+                rank=23 if right is None else right + 1,
+            )
+        )
     return RetrievalResults(
         num_scenes=1000,
         text_to_image={1: 0.842, 5: 0.981, 10: 0.993},
@@ -136,6 +146,7 @@ def fake_retrieval(gallery: Captions, rng: np.random.Generator) -> RetrievalResu
         chance={1: 0.001, 5: 0.005, 10: 0.01},
         twin_accuracy=0.953,
         examples=examples,
+        caption_examples=caption_examples,
     )
 
 

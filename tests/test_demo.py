@@ -102,6 +102,12 @@ def test_the_run_measures_everything(finished):
     assert results.retrieval.num_scenes == 320
     assert results.retrieval.objects_oracle[1] == pytest.approx(0.25)
     assert results.retrieval.chance[1] == pytest.approx(1 / 320)
+    for examples in (results.retrieval.examples, results.retrieval.caption_examples):
+        assert len(examples) == 12
+        for example in examples:
+            assert len(example.captions) == len(example.scores) == 5
+            assert example.right is not None or example.rank > 5
+            assert example.scores == sorted(example.scores, reverse=True)
     for part in (results.retrieval.text_to_image, results.retrieval.image_to_text):
         assert 0 <= part[1] <= part[5] <= part[10] <= 1
     for questions in (results.easy_vqa, results.scene_questions):
@@ -139,7 +145,7 @@ def test_the_command_writes_results_and_report(monkeypatch, tmp_path, capsys, fi
     assert [(recipe.num_steps, recipe.seed, split) for recipe, split in asked] == [(7, 3, "validation")]
     saved = json.loads((tmp_path / "results.json").read_text())
     assert saved["retrieval"]["text_to_image"]["1"] == finished[0].retrieval.text_to_image[1]
-    assert "examples" not in saved["retrieval"]
+    assert not [name for name in saved["retrieval"] if name.endswith("examples")]
     assert (tmp_path / "report.html").stat().st_size > 10_000
     printed = capsys.readouterr().out
     assert "Retrieval among 320 scenes" in printed

@@ -97,20 +97,28 @@ def rebuilt(value: Any, change: Callable[[Any], Any]) -> Any:
     return change(value)
 
 
+def changed_examples(results: DemoResults, change: Callable[[list[Any]], list[Any]]) -> DemoResults:
+    """The same results with `change` applied to every list of examples."""
+    parts = {}
+    for name in ("retrieval", "easy_vqa", "scene_questions", "statements"):
+        part = getattr(results, name)
+        fields = [field.name for field in dataclasses.fields(part) if field.name.endswith("examples")]
+        parts[name] = replace(part, **{field: change(getattr(part, field)) for field in fields})
+    return replace(results, **parts)
+
+
 def small(results: DemoResults) -> DemoResults:
     """The same results with three logged steps, one or two examples of each kind, and the corners of their pictures."""
 
     def corner(value: Any) -> Any:
         return value[:4, :4] if isinstance(value, np.ndarray) else value
 
-    parts = ("retrieval", "easy_vqa", "scene_questions", "statements")
-    few = {name: replace(getattr(results, name), examples=getattr(results, name).examples[:2]) for name in parts}
-    return rebuilt(replace(results, history=results.history[:120:40], **few), corner)
+    few = changed_examples(results, lambda examples: examples[:2])
+    return rebuilt(replace(few, history=results.history[:120:40]), corner)
 
 
 def without_examples(results: DemoResults) -> DemoResults:
-    parts = ("retrieval", "easy_vqa", "scene_questions", "statements")
-    return replace(results, **{name: replace(getattr(results, name), examples=[]) for name in parts})
+    return changed_examples(results, lambda _: [])
 
 
 # Structure
@@ -171,8 +179,12 @@ def test_same_results_same_bytes(results: DemoResults, render: Callable[[DemoRes
 def test_right_picture_is_marked_once_a_search(results: DemoResults, render: Callable[[DemoResults], Page]) -> None:
     page = render(results)
     marked = sum(example.right is not None for example in results.retrieval.examples)
-    assert [item["class"] for item in page.all("li") if "class" in item] == ["right"] * marked
+    assert [item.get("class") for item in page.all("li")].count("right") == marked
     assert f"right one at place 17 of {results.retrieval.num_scenes:,}" in page.text
+    captions = page.text.partition("Captions found by picture")[2].partition("Questions: easy-VQA")[0]
+    shown = results.retrieval.caption_examples[:4]
+    assert captions.count("✓ right") == sum(example.right is not None for example in shown) == 3
+    assert f"right one at place 23 of {results.retrieval.num_scenes:,}" in captions
 
 
 # Every number is of the results
@@ -315,7 +327,7 @@ def test_texts_are_escaped(results: DemoResults, render: Callable[[DemoResults],
 def test_without_examples(results: DemoResults, render: Callable[[DemoResults], Page]) -> None:
     page = render(without_examples(results))
     assert page.all("img") == []
-    assert page.text.count("No examples were kept.") == 4
+    assert page.text.count("No examples were kept.") == 5
 
 
 def test_without_anything(results: DemoResults, render: Callable[[DemoResults], Page]) -> None:
@@ -378,10 +390,8 @@ def test_size_is_bounded(results: DemoResults, tmp_path: Path) -> None:
 
     rows = results.history * 40
     noisy = replace(rebuilt(results, noise), history=[{**row, "step": float(n)} for n, row in enumerate(rows)])
-    parts = ("retrieval", "easy_vqa", "scene_questions", "statements")
-    many = {name: replace(getattr(noisy, name), examples=getattr(noisy, name).examples * 3) for name in parts}
     path = tmp_path / "report.html"
-    write_report(replace(noisy, **many), path)
+    write_report(changed_examples(noisy, lambda examples: examples * 3), path)
     assert path.stat().st_size < 2_000_000
     pictures = Page(path.read_text(encoding="utf-8")).all("img")
     assert {(picture["width"], picture["height"]) for picture in pictures} == {("128", "96")}

@@ -24,6 +24,7 @@ from vlmo_fast.data import (
 from vlmo_fast.data.scenes import RELATIONS, Split
 from vlmo_fast.demo.recipe import DemoData, DemoNetwork, encode_images
 from vlmo_fast.demo.results import (
+    CaptionExample,
     QuestionExample,
     QuestionResults,
     RetrievalExample,
@@ -54,11 +55,11 @@ def evaluate_retrieval(network: DemoNetwork, data: DemoData, split: Split) -> Re
     images, texts = embed_images(network, gallery.images), embed_texts(network, data, gallery.captions)
     scores = texts @ images.t()  # (text, image)
     own = scores.diagonal()
-    image_ranks = _ranks(scores, own)
+    image_ranks, text_ranks = _ranks(scores, own), _ranks(scores.t(), own)
     twins = embed_texts(network, data, gallery.twins)
     num_scenes = len(gallery.captions)
 
-    examples = []
+    examples, caption_examples = [], []
     for n in np.random.Generator(np.random.PCG64(0)).choice(num_scenes, size=12, replace=False).tolist():
         best = scores[n].topk(5)
         found = best.indices.tolist()
@@ -72,14 +73,26 @@ def evaluate_retrieval(network: DemoNetwork, data: DemoData, split: Split) -> Re
                 rank=int(image_ranks[n]),
             )
         )
+        best = scores[:, n].topk(5)
+        found = best.indices.tolist()
+        caption_examples.append(
+            CaptionExample(
+                image=gallery.images[n],
+                captions=[gallery.captions[i] for i in found],
+                scores=best.values.tolist(),
+                right=found.index(n) if n in found else None,
+                rank=int(text_ranks[n]),
+            )
+        )
     return RetrievalResults(
         num_scenes=num_scenes,
         text_to_image=_recalls(image_ranks),
-        image_to_text=_recalls(_ranks(scores.t(), own)),
+        image_to_text=_recalls(text_ranks),
         objects_oracle=expected_recall(gallery.meanings // len(RELATIONS)),
         chance=expected_recall(np.zeros(num_scenes, np.int64)),
         twin_accuracy=float((own > (twins * images).sum(dim=1)).float().mean()),
         examples=examples,
+        caption_examples=caption_examples,
     )
 
 

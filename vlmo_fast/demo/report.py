@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from .results import (
+        CaptionExample,
         DemoResults,
         Image,
         QuestionExample,
@@ -33,10 +34,11 @@ if TYPE_CHECKING:
 
 __all__ = ["write_report"]
 
-# 92 pictures at most, of 64 x 64 x 3 bytes at most: the page stays below 2 MB even if they were pure noise.
+# 96 pictures at most, of 64 x 64 x 3 bytes at most: the page stays below 2 MB even if they were pure noise.
 _MAX_SIDE = 64
 _MAX_QUERIES = 8
 _MAX_MATCHES = 5
+_MAX_CAPTIONED = 4
 _MAX_QUESTIONS = 6  # right ones, and as many wrong ones, of either kind of question
 _MAX_STATEMENTS = 6  # likewise
 
@@ -162,6 +164,7 @@ def _retrieval(results: RetrievalResults) -> str:
         f"How often the right one of {results.num_scenes:,} synthetic scenes is among the first k (recall at k, R@k)"
     )
     queries = [_query(example, results.num_scenes) for example in results.examples[:_MAX_QUERIES]]
+    captioned = [_captioned(example, results.num_scenes) for example in results.caption_examples[:_MAX_CAPTIONED]]
     return _section(
         "retrieval",
         "Retrieval: find the picture",
@@ -172,10 +175,13 @@ Every pair of objects is there in all its layouts, so that it is not enough to k
 {_note(_twin_note(results))}
 {_bar_chart(title, columns, rows)}
 {_score_table(title, columns, rows)}
-<h3>Searches</h3>
+<h3>Pictures found by caption</h3>
 <p class="muted">Synthetic scenes, best match first. The right one is outlined and marked; each picture carries its own
 caption and the cosine similarity to the query.</p>
-{"".join(queries) or _EMPTY}""",
+{"".join(queries) or _EMPTY}
+<h3>Captions found by picture</h3>
+<p class="muted">The other way round: a synthetic scene asks for its caption, best match first.</p>
+{f'<ul class="examples wide">{"".join(captioned)}</ul>' if captioned else _EMPTY}""",
     )
 
 
@@ -393,6 +399,17 @@ def _query(example: RetrievalExample, num_scenes: int) -> str:
 def _match(image: Image, score: float, caption: str, *, right: bool) -> str:
     return f"""<li{' class="right"' if right else ""}>{_picture(image, f"Synthetic scene: {caption}")}
 <span>{_mark(right=True) if right else ""} {_text(caption)} <span class="muted">{score:.2f}</span></span></li>"""
+
+
+def _captioned(example: CaptionExample, num_scenes: int) -> str:
+    found = list(zip(example.captions, example.scores, strict=True))[:_MAX_MATCHES]
+    items = "".join(
+        f"<li>{_text(caption)} {_mark(right=True) if place == example.right else ''}"
+        f'<span class="muted"> {score:.2f}</span></li>'
+        for place, (caption, score) in enumerate(found)
+    )
+    return f"""<li class="captioned">{_picture(example.image, f"Synthetic scene, found for it: {example.captions[0]}")}
+<div><ol>{items}</ol><p class="muted">right one at place {example.rank:,} of {num_scenes:,}</p></div></li>"""
 
 
 def _question(example: QuestionExample) -> str:
@@ -811,6 +828,8 @@ img { display: block; max-width: 100%; height: auto; border-radius: .5rem; }
 .query li { font-size: .88rem; line-height: 1.4; }
 .query img { margin: 0 0 .45rem; }
 .query .right img { outline: 4px solid var(--yes); outline-offset: 2px; }
+.captioned { display: grid; grid-template-columns: minmax(4rem, 8rem) 1fr; gap: .9rem; align-items: start; }
+.captioned ol { margin: 0; padding-left: 1.2rem; font-size: .88rem; line-height: 1.5; }
 
 figure { margin: 0; }
 .chart { margin: 1.5rem 0; }

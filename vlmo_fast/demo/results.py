@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 __all__ = [
+    "CaptionExample",
     "DemoResults",
     "QuestionExample",
     "QuestionResults",
@@ -41,6 +42,17 @@ class RetrievalExample:
     images: list[Image]
     scores: list[float]
     captions: list[str]
+    right: int | None
+    rank: int
+
+
+@dataclass(frozen=True)
+class CaptionExample:
+    """A picture and the captions that the dual encoder found for it; fields as in `RetrievalExample`."""
+
+    image: Image
+    captions: list[str]
+    scores: list[float]
     right: int | None
     rank: int
 
@@ -81,7 +93,8 @@ class RetrievalResults:
         objects_oracle: expected recall at k of one who knows which two objects are there, but not where.
         chance: recall at k of a guess.
         twin_accuracy: how often the right caption scores higher than the one with the two objects exchanged.
-        examples: for the report.
+        examples: for the report, pictures by caption.
+        caption_examples: for the report, captions by picture.
     """
 
     num_scenes: int
@@ -91,6 +104,7 @@ class RetrievalResults:
     chance: dict[int, float]
     twin_accuracy: float
     examples: list[RetrievalExample]
+    caption_examples: list[CaptionExample]
 
 
 @dataclass(frozen=True)
@@ -159,7 +173,7 @@ class DemoResults:
 
         def without_examples(value: Any) -> Any:
             if isinstance(value, dict):
-                return {key: without_examples(item) for key, item in value.items() if key != "examples"}
+                return {key: without_examples(item) for key, item in value.items() if not str(key).endswith("examples")}
             return value
 
         path.write_text(json.dumps(without_examples(dataclasses.asdict(self)), indent=2) + "\n", encoding="utf-8")
