@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from vlmo_fast import MoMEConfig, MoMEOutput, MoMETransformer
+from vlmo_fast import MoMEConfig, MoMEOutput, MoMETransformer, ops, pack
 from vlmo_fast.model import MoMEBlock
+from vlmo_fast.ops import _attention, _ffn, _packed_attention
 from vlmo_fast.packing import PaddedRows
 
 SIZES = {
@@ -620,6 +621,45 @@ def test_no_biases_are_kept_for_training():
     biases_of(model.eval())
     assert model._kept_biases
     assert not model.train()._kept_biases
+
+
+# Implementations by name
+
+
+def test_backends_reach_the_door(monkeypatch):
+    """Each op on its own, attention in both its forms at once, and back to auto."""
+    model, seen, ids = build(), {}, inputs()[0]
+    for module in (_attention, _packed_attention, _ffn):
+        monkeypatch.setattr(
+            module,
+            "select",
+            lambda op, problem, name: seen.setdefault(op, set()).add(name) or ops.select(op, problem, name),
+        )
+
+    def asked_for():
+        seen.clear()
+        with torch.no_grad():
+            model(ids)
+            model.forward_packed(pack([4, 3, 6]), ids)
+        return {op: names.pop() for op, names in seen.items() if len(names) == 1}
+
+    auto = dict.fromkeys(("attention", "packed_attention", "mome_ffn"), "auto")
+    assert asked_for() == auto
+    for op, name in (("mome_ffn", "eager"), ("packed_attention", "bucketed"), ("attention", "sdpa")):
+        model.set_backend(op, name)
+        assert asked_for() == {**auto, op: name}
+        model.set_backend(op, "auto")
+    model.set_attention_backend("eager")
+    assert asked_for() == {**auto, "attention": "eager", "packed_attention": "eager"}
+    model.set_attention_backend("xformers")
+    with pytest.raises(NotImplementedError, match=r"attention: backend 'xformers' cannot run here"):
+        asked_for()
+    with pytest.raises(ValueError, match=r"MoMETransformer: op must be one of \['attention', 'mome_ffn', .*got 'norm'"):
+        model.set_backend("norm", "auto")
+    with pytest.raises(ValueError, match=r"MoMETransformer: mome_ffn backend must be one of .*'triton'.* got 'sdpa'"):
+        model.set_backend("mome_ffn", "sdpa")
+    with pytest.raises(ValueError, match=r"MoMETransformer: attention backend must be one of .* got 'bucketed'"):
+        model.set_attention_backend("bucketed")
 
 
 # [CLS] alone in the last layer

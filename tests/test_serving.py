@@ -1,14 +1,15 @@
 """Captured inference: results are the module's, in memory of their own, one recording a shape."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
-from vlmo_fast import MoMEConfig, MoMETransformer, serving
+from vlmo_fast import MoMEConfig, MoMETransformer, pack, serving
 from vlmo_fast.serving import Captured
 
 CONFIG = MoMEConfig(
@@ -30,11 +31,16 @@ class FakeRecording(serving._Recording):
 
     made = 0
 
-    def __init__(self, module: nn.Module, inputs: Mapping[str, Any], num_warmups: int) -> None:
+    def __init__(self, function: Callable[..., Any], inputs: Mapping[str, Any], num_warmups: int) -> None:
         FakeRecording.made += 1
         self.buffers = {name: value.clone() if isinstance(value, Tensor) else value for name, value in inputs.items()}
-        self.results = module(**self.buffers)
-        self.graph = SimpleNamespace(replay=lambda: self.results["y"].copy_(module(**self.buffers)["y"]))
+        self.results = function(**self.buffers)
+        self.graph = SimpleNamespace(replay=lambda: self._fill(function(**self.buffers)))
+
+    def _fill(self, results: Any) -> None:
+        for mine, new in zip(tree_leaves(self.results), tree_leaves(results), strict=True):
+            if isinstance(mine, Tensor):
+                mine.copy_(new)
 
 
 @pytest.fixture
@@ -53,6 +59,53 @@ def test_a_cpu_just_calls_the_module() -> None:
     assert torch.equal(result.image_embeds, model(pixel_values=pixels).image_embeds)
     assert not result.image_embeds.requires_grad
     assert encode.num_graphs == 0
+
+
+def test_the_model_offers_it(recorded: type[FakeRecording]) -> None:
+    """An image, a text and a pair are a recording each, whatever their numbers; other calls are as the model's."""
+    model = MoMETransformer(CONFIG).eval()
+    encode = model.captured(max_graphs=3)
+    for _ in range(2):
+        ids, pixels = torch.randint(1, 50, (1, 5)), torch.randn(1, 3, 32, 32)
+        for inputs in ({"pixel_values": pixels}, {"input_ids": ids}, {"input_ids": ids, "pixel_values": pixels}):
+            with torch.no_grad():
+                expected = model(**inputs, cls_only=True)
+            for ours, wanted in zip(encode(**inputs, cls_only=True), expected, strict=True):
+                assert (ours is None) == (wanted is None)
+                assert wanted is None or torch.equal(ours, wanted)
+    assert recorded.made == encode.num_graphs == 3
+    with pytest.raises(ValueError, match=r"Captured: module must be in evaluation mode .*, got training=True"):
+        model.train().captured()(pixel_values=torch.ones(1, 3, 32, 32))
+
+
+def test_a_packed_layout_is_recorded_once(recorded: type[FakeRecording]) -> None:
+    model = MoMETransformer(CONFIG).eval()
+    encode = model.captured(packed=True)
+    layout = pack([5, 3], [2], texts=[1], pairs=[(0, 0)])
+    for _ in range(2):
+        ids, pixels = torch.randint(1, 50, (2, 5)), torch.randn(1, 3, 32, 32)
+        with torch.no_grad():
+            expected = model.forward_packed(layout, ids, pixels)
+        found = encode(layout=layout, input_ids=ids, pixel_values=pixels)
+        assert torch.equal(found.last_hidden_state, expected.last_hidden_state)
+        assert torch.equal(found.pooler_output, expected.pooler_output)
+    assert recorded.made == 1
+    with pytest.raises(TypeError, match="Captured: pixel_values must be a tensor or hashable, got tuple"):
+        encode(layout=layout, input_ids=ids, pixel_values=(pixels,))
+
+
+def test_a_recording_takes_no_bias_that_may_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What evaluation keeps is dropped some day: a graph would go on reading its memory, and miss a changed table."""
+    model = MoMETransformer(CONFIG).eval()
+    with torch.no_grad():
+        kept = model._biases(5, (2,))
+        assert model._biases(5, (2,)) is kept
+        monkeypatch.setattr("vlmo_fast.model._is_recorded", lambda tensor: True)
+        recorded = model._biases(5, (2,))
+        assert recorded is not kept
+        assert torch.equal(recorded[0], kept[0])
+        monkeypatch.undo()
+        assert model._biases(5, (2,)) is kept
 
 
 def test_one_recording_a_shape_and_option(recorded: type[FakeRecording]) -> None:
@@ -116,10 +169,13 @@ def test_refusals() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_the_network_on_a_gpu(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("backends", [{}, {"mome_ffn": "triton"}], ids=["auto", "triton"])
+def test_the_network_on_a_gpu(backends: dict[str, str], dtype: torch.dtype) -> None:
     """An image, texts of two lengths and a pair, each twice, in turn: as the model gives them, to the bit."""
     model = MoMETransformer(CONFIG).to("cuda", dtype).eval()
-    encode = Captured(model)
+    for op, name in backends.items():
+        model.set_backend(op, name)
+    encode = model.captured()
     for _ in range(2):
         for num_text, has_image in ((0, True), (5, False), (9, False), (5, True)):
             inputs = {"input_ids": torch.randint(1, 50, (1, num_text), device="cuda")} if num_text else {}
@@ -129,3 +185,21 @@ def test_the_network_on_a_gpu(dtype: torch.dtype) -> None:
                 expected = model(**inputs).last_hidden_state
             assert torch.equal(encode(**inputs).last_hidden_state, expected)
     assert encode.num_graphs == 4
+
+
+@pytest.mark.gpu
+def test_a_packed_batch_on_a_gpu() -> None:
+    """Kernels in Triton plan nothing at run time; the table is changed in place between two replays."""
+    model = MoMETransformer(CONFIG).to("cuda", torch.bfloat16).eval()
+    for op in ("packed_attention", "mome_ffn"):
+        model.set_backend(op, "triton")
+    encode = model.captured(packed=True)
+    layout = pack([5, 9, 3], [2, 2], texts=[1], images=[0, 1], pairs=[(0, 0), (2, 1)], device="cuda")
+    for step in range(3):
+        with torch.no_grad():
+            model.relative_position_bias.table.normal_(std=0.1 * step)
+            ids, pixels = torch.randint(1, 50, (3, 9)), torch.randn(2, 3, 32, 32, dtype=torch.bfloat16)
+            inputs = {"layout": layout, "input_ids": ids.cuda(), "pixel_values": pixels.cuda()}
+            expected = model.forward_packed(**inputs).last_hidden_state
+        assert torch.equal(encode(**inputs).last_hidden_state, expected)
+    assert encode.num_graphs == 1

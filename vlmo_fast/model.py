@@ -31,6 +31,7 @@ from vlmo_fast import ops
 from vlmo_fast.config import MoMEConfig
 from vlmo_fast.packing import Groups, LayerRows, PackedLayout, PaddedRows, pack
 from vlmo_fast.positions import LayerBiases, RelativePositionBias, resize_absolute_positions
+from vlmo_fast.serving import Captured
 
 __all__ = ["MoMEOutput", "MoMETransformer", "PackedOutput"]
 
@@ -147,16 +148,50 @@ class MoMETransformer(nn.Module):
     @property
     def _chooses_attention(self) -> bool:
         """Whether nobody asked for an implementation of attention by name."""
-        return all(m.backend == "auto" for m in self.modules() if isinstance(m, Attention))
+        return all(m.backends["attention"] == "auto" for m in self.modules() if isinstance(m, Attention))
+
+    def set_backend(self, op: str, backend: str) -> None:
+        """Have every block run one of its ops on one implementation.
+
+        Args:
+            op: "attention" (of padded batches), "packed_attention", or "mome_ffn" (the experts, but for those of which
+                a part was replaced or is watched: these are called as modules).
+            backend: "auto", or one of `ops.implementations(op)`; a name that cannot run is refused when it should.
+        """
+        modules = [module for module in self.modules() if isinstance(module, Attention | MoMEBlock)]
+        known = sorted({name for module in modules for name in module.backends})
+        if op not in known:
+            raise ValueError(f"MoMETransformer: op must be one of {known}, got {op!r}")
+        names = ("auto", *ops.implementations(op))
+        if backend not in names:
+            raise ValueError(f"MoMETransformer: {op} backend must be one of {list(names)}, got {backend!r}")
+        for module in modules:
+            if op in module.backends:
+                module.backends[op] = backend
 
     def set_attention_backend(self, backend: str) -> None:
-        """Have every block's attention run on one implementation: "auto", or a name that the attention op knows."""
-        known = ("auto", *ops.implementations("attention"))
-        if backend not in known:
-            raise ValueError(f"MoMETransformer: attention backend must be one of {list(known)}, got {backend!r}")
-        for module in self.modules():
-            if isinstance(module, Attention):
-                module.backend = backend
+        """`set_backend` for attention in padded batches and in packed ones."""
+        for op in ("attention", "packed_attention"):
+            self.set_backend(op, backend)
+
+    def captured(self, *, packed: bool = False, max_graphs: int = 32) -> Captured:
+        """Inference with a CUDA graph for each shape of inputs; on a CPU the model is just called.
+
+        One image, one text and one pair are a few hundred launches each, which take longer than their arithmetic.
+
+        Args:
+            packed: whether `forward_packed` is called in place of `forward`; the graphs are then a layout's own.
+            max_graphs: shapes kept; the one that was not used for the longest time goes first.
+
+        Returns:
+            What to call with the same keywords, in evaluation mode: see `vlmo_fast.serving.Captured`.
+
+        Example:
+            >>> encode = MoMETransformer(MoMEConfig.from_preset("base")).eval().captured()
+            >>> encode(pixel_values=torch.rand(1, 3, 224, 224)).image_embeds.shape
+            torch.Size([1, 768])
+        """
+        return Captured(self, "forward_packed" if packed else "__call__", max_graphs=max_graphs)
 
     def init_weights(self, module: nn.Module) -> None:
         """Initialise the parameters that `module` itself owns (not its children's), the released way."""
@@ -397,23 +432,23 @@ class MoMETransformer(nn.Module):
         """The biases of all layers.
 
         In evaluation without gradients those of the last few shapes are kept, until the table changes or `train` or
-        `eval` is called (which code that writes through `.data`, unseen by autograd, should do).
+        `eval` is called (which code that writes through `.data`, unseen by autograd, should do). A CUDA graph reads the
+        table itself, and owns what it makes of it.
         """
         module = self.relative_position_bias
         if module is None:
             return None
         table = module.table
         traced = torch.compiler.is_compiling() or type(table.detach()) is not Tensor
-        if self.training or torch.is_grad_enabled() or traced:
+        if self.training or torch.is_grad_enabled() or traced or _is_recorded(table):
             return module(num_text, windows)
         key = (num_text, windows)
         kept_table, kept_version, biases = self._kept_biases.pop(key, (None, 0, None))
         if kept_table is not table or kept_version != table._version or biases is None:
             biases = module(num_text, windows)
-        if not (table.is_cuda and torch.cuda.is_current_stream_capturing()):  # a captured graph owns what it computes
-            while len(self._kept_biases) >= NUM_KEPT_BIASES:
-                self._kept_biases.pop(next(iter(self._kept_biases)))
-            self._kept_biases[key] = (table, table._version, biases)
+        while len(self._kept_biases) >= NUM_KEPT_BIASES:
+            self._kept_biases.pop(next(iter(self._kept_biases)))
+        self._kept_biases[key] = (table, table._version, biases)
         return biases
 
     def _apply(self, *args: Any, **kwargs: Any) -> MoMETransformer:
@@ -572,6 +607,11 @@ def _values_are_visible(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling() and type(tensor) is Tensor
 
 
+def _is_recorded(tensor: Tensor) -> bool:
+    """Whether what is computed from it becomes part of a CUDA graph."""
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
 def _key_mask(attention_mask: Tensor | None, num_image_tokens: int) -> Tensor | None:
     """(B, S) bool, False for padding; image tokens are always real."""
     return None if attention_mask is None else F.pad(attention_mask != 0, (0, num_image_tokens), value=True)
@@ -688,6 +728,7 @@ class MoMEBlock(nn.Module):
         width = config.hidden_size
         # Stochastic depth grows linearly over the layers.
         self.drop_path_rate = config.drop_path_rate * layer / max(config.num_hidden_layers - 1, 1)
+        self.backends = {"mome_ffn": "auto"}
         self.attention_norm = nn.LayerNorm(width, config.layer_norm_eps)
         self.attention = Attention(config)
         names = ("language", "vision", "vl") if layer >= config.first_vl_layer else ("language", "vision")
@@ -716,7 +757,8 @@ class MoMEBlock(nn.Module):
         sizes, experts = [size for _, size in groups], [cast("Expert", self.experts[name]) for name, _ in groups]
         if all(expert.is_plain for expert in experts):
             weights = [expert.weights() for expert in experts]
-            return ops.mome_ffn(x, sizes, weights, self.ffn_layer_scale, row_scale, eps=experts[0].norm.eps)
+            eps, backend = experts[0].norm.eps, self.backends["mome_ffn"]
+            return ops.mome_ffn(x, sizes, weights, self.ffn_layer_scale, row_scale, eps=eps, backend=backend)
         branches = [expert(part) for expert, part in zip(experts, x.split(sizes), strict=True)]
         return x + _scaled(_join(branches), self.ffn_layer_scale, row_scale)
 
@@ -749,7 +791,7 @@ class Attention(nn.Module):
     def __init__(self, config: MoMEConfig) -> None:
         super().__init__()
         self.num_heads = config.num_attention_heads
-        self.backend = "auto"
+        self.backends = {"attention": "auto", "packed_attention": "auto"}
         self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size, bias=False)
         self.q_bias = nn.Parameter(torch.zeros(config.hidden_size))
         self.v_bias = nn.Parameter(torch.zeros(config.hidden_size))
@@ -767,7 +809,7 @@ class Attention(nn.Module):
             query = F.linear(rows.keep(x), weight[:width], self.q_bias).unflatten(1, (self.num_heads, -1))
             key_value = F.linear(x, weight[width:], torch.cat([no_bias, self.v_bias]))
             key, value = key_value.unflatten(1, (2, self.num_heads, -1)).unbind(1)
-        return self.dropout(self.projection(rows.attend(query, key, value, bias, self.backend).flatten(1)))
+        return self.dropout(self.projection(rows.attend(query, key, value, bias, self.backends).flatten(1)))
 
 
 class Expert(nn.Module):

@@ -17,7 +17,7 @@ Shape suffixes: N rows, B sequences, D width.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Literal, NamedTuple, TypeAlias, cast, get_args
@@ -102,7 +102,9 @@ class PaddedRows:
         ]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, backend: str) -> Tensor:
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, backends: Mapping[str, str]
+    ) -> Tensor:
         """Attention within sequences.
 
         Args:
@@ -110,7 +112,7 @@ class PaddedRows:
             key: (N, heads, d).
             value: (N, heads, d).
             bias: (heads, S, S), or None.
-            backend: "auto", or an implementation of `ops.attention`.
+            backends: for "attention", "auto" or one of its implementations.
 
         Returns:
             (M, heads, d).
@@ -120,7 +122,7 @@ class PaddedRows:
             bias = bias[:, :1]
         query = self.padded(query).transpose(1, 2)  # (B, heads, S, d)
         key, value = (everything.padded(x).transpose(1, 2) for x in (key, value))
-        attended = ops.attention(query, key, value, bias, self.key_mask, backend=backend).transpose(1, 2)
+        attended = ops.attention(query, key, value, bias, self.key_mask, backend=backends["attention"]).transpose(1, 2)
         if self.cls_only:
             return attended[:, 0]
         if not self.num_text or not self.num_image:
@@ -185,7 +187,9 @@ class LayerRows:
         """Values of each sequence's text and image, (B, 2), as one of each wanted row, (M,)."""
         return values.flatten()[self.segment]
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, backend: str) -> Tensor:
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, backends: Mapping[str, str]
+    ) -> Tensor:
         """Attention within sequences.
 
         Args:
@@ -193,7 +197,7 @@ class LayerRows:
             key: (N, heads, d).
             value: (N, heads, d).
             bias: (heads, R, R), or None.
-            backend: "auto", or an implementation of `ops.packed_attention`.
+            backends: for "packed_attention", "auto" or one of its implementations.
 
         Returns:
             (M, heads, d).
@@ -211,7 +215,7 @@ class LayerRows:
                     host_segments=part.host_segments,
                     max_length=part.max_length,
                     cls_only=part.cls_only,
-                    backend=backend,
+                    backend=backends["packed_attention"],
                 )
             )
         return attended[0] if len(attended) == 1 else torch.cat(attended)
