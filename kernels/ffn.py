@@ -584,10 +584,10 @@ def forward(
     save: bool,
     save_activation: bool,
     use_tma: bool | None = None,
-) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:
-    """The residual branch; arguments and results as in `ops/_ffn_torch.py`, z and h as one tensor each.
+) -> tuple[Tensor, list[Tensor]]:
+    """The residual branch; arguments and result as in `ops/_ffn_torch.py`.
 
-    `use_tma` None means where the GPU has it.
+    Saved are the statistics (3, N), z (N, F), and if asked for h (N, F). `use_tma` None means where the GPU has it.
     """
     x, experts = _rows_contiguous(x), [type(expert)(*(t.contiguous() for t in expert)) for expert in experts]
     (rows, width), hidden, dtype = x.shape, len(experts[0].fc1_bias), experts[0].fc1_weight.dtype
@@ -613,7 +613,7 @@ def forward(
                 HAS_LAYER_SCALE=layer_scale is not None,
                 HAS_ROW_SCALE=row_scale is not None,
             )
-    return out, statistics, [z] if save else [], [h] if save_activation else []
+    return out, [statistics, z, *([h] if save_activation else [])] if save else []
 
 
 def backward(
@@ -623,9 +623,7 @@ def backward(
     experts: Sequence[Any],
     layer_scale: Tensor | None,
     row_scale: Tensor | None,
-    statistics: Tensor,
-    z: Sequence[Tensor],
-    h: Sequence[Tensor],
+    saved: Sequence[Tensor],
     eps: float,
     trained: Sequence[bool],
     use_tma: bool | None = None,
@@ -633,6 +631,7 @@ def backward(
     """Gradients of `forward`; arguments and results as in `ops/_ffn_torch.py`."""
     x, experts = _rows_contiguous(x), [type(expert)(*(t.contiguous() for t in expert)) for expert in experts]
     (rows, width), hidden, dtype = x.shape, len(experts[0].fc1_bias), experts[0].fc1_weight.dtype
+    statistics, z, *h = saved
     grad = grad.contiguous()
     upstream = grad.to(dtype)
     d_x = torch.empty((rows, width), dtype=x.dtype, device=x.device)
@@ -660,7 +659,7 @@ def backward(
                 *(_mome_ffn_bwd_dgrad2_kernel, "dgrad2", hidden, upstream, fc2),
                 *launch.of_groups(shifts),
                 *launch.of_groups(slopes),
-                *(z[0], _or(row_scale, x), d_z, scaled_h, row_sums, d_bias_sums),
+                *(z, _or(row_scale, x), d_z, scaled_h, row_sums, d_bias_sums),
                 *(*launch.bounds, rows, hidden, width),
                 WRITE_H=write_h,
                 HAS_ROW_SCALE=row_scale is not None,

@@ -109,11 +109,12 @@ def export_encoder(model: nn.Module, encoder: str, *, max_batch_size: int = 4096
 def without_custom_ops(program: ExportedProgram) -> ExportedProgram:
     """The same program in torch's own operators, by the ops' references: it then runs where this package is not."""
 
-    def mome_ffn(x: Tensor, group_sizes: list[int], *arguments: Any) -> tuple[Tensor, Tensor, list[Any], list[Any]]:
+    def mome_ffn(x: Tensor, group_sizes: list[int], *arguments: Any) -> tuple[Tensor, list[Any]]:
         columns, (layer_scale, row_scale, eps, *_) = arguments[:6], arguments[6:]
         experts = [ops.ExpertWeights(*expert) for expert in zip(*columns, strict=True)]
-        out = reference.mome_ffn(x, group_sizes, experts, layer_scale, row_scale, eps)
-        return out, x.new_empty(0), [], []  # what the backward pass would need
+        return reference.mome_ffn(
+            x, group_sizes, experts, layer_scale, row_scale, eps
+        ), []  # nothing for a backward pass
 
     return program.run_decompositions({torch.ops.vlmo_fast.mome_ffn.default: mome_ffn})
 

@@ -53,7 +53,8 @@ def mome_ffn(
     Replaces, for group g with the rows r (VLMo, arXiv:2111.02358, section 3; GELU is the exact one, with erf):
         x[r] + row_scale[r, None] * layer_scale * fc2_g(gelu(fc1_g(layer_norm_g(x[r]))))
 
-    Kept for the backward pass are x, the norm's statistics, and fc1's output; GELU is computed anew.
+    Kept for the backward pass are x, the norm's statistics, and fc1's output (of a batch's first few dozen rows fc2's,
+    too, if there is a layer scale); GELU is computed anew.
 
     Args:
         x: (N, D), any float dtype and strides.
@@ -157,145 +158,82 @@ def _implementation(name: str) -> ModuleType:
     return import_module("vlmo_fast.kernels.ffn") if name == "triton" else _ffn_torch
 
 
-Result = tuple[Tensor, Tensor, list[Tensor], list[Tensor]]  # (N, D), statistics (2 or 3, N), fc1's and GELU's outputs
+# `arguments` are those of the schemas below: six lists of weights, the two scales, and what each op has of its own.
+# What is saved for the backward pass is the implementation's own affair.
 
 
-def _forward(
-    x: Tensor,
-    group_sizes: Sequence[int],
-    norm_weight: Sequence[Tensor],
-    norm_bias: Sequence[Tensor],
-    fc1_weight: Sequence[Tensor],
-    fc1_bias: Sequence[Tensor],
-    fc2_weight: Sequence[Tensor],
-    fc2_bias: Sequence[Tensor],
-    layer_scale: Tensor | None,
-    row_scale: Tensor | None,
-    eps: float,
-    save: bool,
-    save_activation: bool,
-    implementation: str,
-) -> Result:
-    experts = _experts(norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
+def _forward(x: Tensor, group_sizes: Sequence[int], *arguments: Any) -> tuple[Tensor, list[Tensor]]:
+    *columns, layer_scale, row_scale, eps, save, save_activation, implementation = arguments
     run = _implementation(implementation).forward
-    out, statistics, z, h = run(x, group_sizes, experts, layer_scale, row_scale, eps, save, save and save_activation)
-    return out, statistics, z, h
+    out, saved = run(x, group_sizes, _experts(columns), layer_scale, row_scale, eps, save, save and save_activation)
+    return out, saved
 
 
 def _backward(
-    grad: Tensor,
-    x: Tensor,
-    group_sizes: Sequence[int],
-    norm_weight: Sequence[Tensor],
-    norm_bias: Sequence[Tensor],
-    fc1_weight: Sequence[Tensor],
-    fc1_bias: Sequence[Tensor],
-    fc2_weight: Sequence[Tensor],
-    fc2_bias: Sequence[Tensor],
-    layer_scale: Tensor | None,
-    row_scale: Tensor | None,
-    statistics: Tensor,
-    z: Sequence[Tensor],
-    h: Sequence[Tensor],
-    eps: float,
-    trained: Sequence[bool],
-    implementation: str,
+    grad: Tensor, x: Tensor, group_sizes: Sequence[int], *arguments: Any
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    experts = _experts(norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
+    *columns, layer_scale, row_scale, saved, eps, trained, implementation = arguments
     run = _implementation(implementation).backward
     d_x, d_layer_scale, d_experts = run(
-        grad, x, group_sizes, experts, layer_scale, row_scale, statistics, z, h, eps, trained
+        grad, x, group_sizes, _experts(columns), layer_scale, row_scale, saved, eps, trained
     )
     return d_x, d_layer_scale, [gradient for expert in d_experts for gradient in expert]
 
 
-def _experts(*columns: Sequence[Tensor]) -> list[ExpertWeights]:
+def _experts(columns: Sequence[Sequence[Tensor]]) -> list[ExpertWeights]:
     return [ExpertWeights(*expert) for expert in zip(*columns, strict=True)]
 
 
-def _fake(
-    x: Tensor,
-    group_sizes: Sequence[int],
-    norm_weight: Sequence[Tensor],
-    norm_bias: Sequence[Tensor],
-    fc1_weight: Sequence[Tensor],
-    fc1_bias: Sequence[Tensor],
-    fc2_weight: Sequence[Tensor],
-    fc2_bias: Sequence[Tensor],
-    layer_scale: Tensor | None,
-    row_scale: Tensor | None,
-    eps: float,
-    save: bool,
-    save_activation: bool,
-    implementation: str,
-) -> Result:
+def _fake(x: Tensor, group_sizes: Sequence[int], *arguments: Any) -> tuple[Tensor, list[Tensor]]:
+    *columns, layer_scale, _, _, save, save_activation, implementation = arguments
     out = x.new_empty(x.shape)
-    accumulator = torch.promote_types(x.dtype, torch.float32)
     if not save:
-        return out, x.new_empty(0, dtype=accumulator), [], []
-    hidden = fc1_bias[0].shape[0]
-    sizes = (
-        [x.shape[0]] if implementation == "triton" else group_sizes
-    )  # whoever calls matrix products has many tensors
-    z = [x.new_empty(size, hidden, dtype=fc1_weight[0].dtype) for size in sizes]
+        return out, []
+    rows, width = x.shape
+    is_triton = implementation == "triton"
+    statistics = x.new_empty(3 if is_triton else 2, rows, dtype=torch.promote_types(x.dtype, torch.float32))
+    fc1_weight = _experts(columns)[0].fc1_weight
+    sizes = [rows] if is_triton else group_sizes  # whoever calls matrix products has many tensors
+    z = [x.new_empty(size, fc1_weight.shape[0], dtype=fc1_weight.dtype) for size in sizes]
     h = [torch.empty_like(tensor) for tensor in z] if save_activation else []
-    statistics = x.new_empty(3 if implementation == "triton" else 2, x.shape[0], dtype=accumulator)
-    return out, statistics, z, h
+    has_branch = layer_scale is not None and not is_triton
+    branch = [x.new_empty(torch.sym_min(rows, _ffn_torch.FEW_ROWS), width)] if has_branch else []
+    return out, [statistics, *z, *h, *branch]
 
 
 def _fake_backward(
-    grad: Tensor,
-    x: Tensor,
-    group_sizes: Sequence[int],
-    norm_weight: Sequence[Tensor],
-    norm_bias: Sequence[Tensor],
-    fc1_weight: Sequence[Tensor],
-    fc1_bias: Sequence[Tensor],
-    fc2_weight: Sequence[Tensor],
-    fc2_bias: Sequence[Tensor],
-    layer_scale: Tensor | None,
-    row_scale: Tensor | None,
-    statistics: Tensor,
-    z: Sequence[Tensor],
-    h: Sequence[Tensor],
-    eps: float,
-    trained: Sequence[bool],
-    implementation: str,
+    grad: Tensor, x: Tensor, group_sizes: Sequence[int], *arguments: Any
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    experts = zip(norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, strict=True)
+    *columns, layer_scale, _, _, _, trained, _ = arguments
     d_experts = [
         tensor.new_empty(tensor.shape if wanted else (0,))
-        for expert, wanted in zip(experts, trained, strict=True)
+        for expert, wanted in zip(_experts(columns), trained, strict=True)
         for tensor in expert
     ]
     d_layer_scale = x.new_empty(0) if layer_scale is None else layer_scale.new_empty(layer_scale.shape)
     return x.new_empty(x.shape), d_layer_scale, d_experts
 
 
-def _setup_context(
-    ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, list[Tensor], list[Tensor]]
-) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, list[Tensor]]) -> None:
     x, group_sizes, *columns, layer_scale, row_scale, eps, _, _, implementation = inputs
-    _, statistics, z, h = output
-    ctx.mark_non_differentiable(statistics, *z, *h)
+    _, saved = output
+    ctx.mark_non_differentiable(*saved)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, layer_scale, row_scale, statistics, *z, *h, *(w for column in columns for w in column))
+    ctx.save_for_backward(x, layer_scale, row_scale, *(weight for column in columns for weight in column), *saved)
     ctx.sizes, ctx.eps, ctx.implementation = list(group_sizes), eps, implementation
-    ctx.num_z, ctx.num_h = len(z), len(h)
 
 
 def _autograd(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
-    nothing = (None,) * 6
+    nothing, num_groups = (None,) * 6, len(ctx.sizes)
     if grad is None:
-        return (None, None, *([None] * len(ctx.sizes) for _ in nothing), *nothing)
-    x, layer_scale, row_scale, statistics, *rest = ctx.saved_tensors
-    z, h, weights = rest[: ctx.num_z], rest[ctx.num_z : ctx.num_z + ctx.num_h], rest[ctx.num_z + ctx.num_h :]
-    num_groups = len(ctx.sizes)
-    columns = [weights[first : first + num_groups] for first in range(0, len(weights), num_groups)]
+        return (None, None, *([None] * num_groups for _ in nothing), *nothing)
+    x, layer_scale, row_scale, *rest = ctx.saved_tensors
+    columns = [rest[column * num_groups : (column + 1) * num_groups] for column in range(6)]
+    saved = rest[6 * num_groups :]
     wanted = ctx.needs_input_grad[2:8]  # six lists of flags
     trained = [any(flags) for flags in zip(*wanted, strict=True)]
     d_x, d_layer_scale, d_weights = torch.ops.vlmo_fast.mome_ffn_backward(
-        *(grad, x, ctx.sizes, *columns, layer_scale, row_scale, statistics, z, h, ctx.eps, trained, ctx.implementation)
+        grad, x, ctx.sizes, *columns, layer_scale, row_scale, saved, ctx.eps, trained, ctx.implementation
     )
     d_columns = [
         [d_weights[6 * group + column] if flags[group] else None for group in range(num_groups)]
@@ -337,11 +275,11 @@ _WEIGHTS = (
 _library = torch.library.Library("vlmo_fast", "FRAGMENT")
 _library.define(
     f"mome_ffn(Tensor x, {_WEIGHTS}, float eps, bool save, bool save_activation, str implementation) "
-    "-> (Tensor, Tensor, Tensor[], Tensor[])"
+    "-> (Tensor, Tensor[])"
 )
 _library.define(
-    f"mome_ffn_backward(Tensor grad, Tensor x, {_WEIGHTS}, Tensor statistics, Tensor[] z, Tensor[] h, float eps, "
-    "bool[] trained, str implementation) -> (Tensor, Tensor, Tensor[])"
+    f"mome_ffn_backward(Tensor grad, Tensor x, {_WEIGHTS}, Tensor[] saved, float eps, bool[] trained, "
+    "str implementation) -> (Tensor, Tensor, Tensor[])"
 )
 _library.impl("mome_ffn", _forward, "CompositeExplicitAutograd")
 _library.impl("mome_ffn_backward", _backward, "CompositeExplicitAutograd")

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 __all__ = ["backward", "forward"]
 
-FEW_ROWS = 48
+FEW_ROWS = 48  # of a batch, whose branch is kept: for few rows the passes over Q below cost more than they save
 
 
 def forward(
@@ -27,7 +27,7 @@ def forward(
     eps: float,
     save: bool,
     save_activation: bool,
-) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:
+) -> tuple[Tensor, list[Tensor]]:
     """The residual branch; see `ops.mome_ffn`.
 
     Args:
@@ -41,12 +41,14 @@ def forward(
         save_activation: whether it shall find GELU's outputs.
 
     Returns:
-        The result (N, D), mean and reciprocal deviation (2, N), fc1's outputs and GELU's outputs (F channels, a tensor
-        for each group); what is not saved is empty.
+        The result (N, D), and what is saved: mean and reciprocal deviation (2, N); fc1's outputs z, and if asked for
+        GELU's h, a tensor (n, F) for each group; with a layer scale fc2's outputs of the first rows, (FEW_ROWS, D) at
+        most.
     """
     out = x.new_empty(x.shape)
     statistics = x.new_empty((2, len(x)) if save else (0,), dtype=torch.promote_types(x.dtype, torch.float32))
     saved_z, saved_h = [], []
+    saved_branch = [x.new_empty(x[:FEW_ROWS].shape)] if save and layer_scale is not None else []
     scale = None if layer_scale is None else layer_scale.to(x.dtype)
     for rows, expert in zip(_groups(group_sizes), experts, strict=True):
         normed, mean, rstd = _norm(x[rows], expert, eps)  # (n, D), (n, 1), (n, 1)
@@ -60,13 +62,15 @@ def forward(
         else:
             h = _linear_gelu(normed, expert.fc1_weight, expert.fc1_bias)
         branch = _linear(h, expert.fc2_weight, expert.fc2_bias).to(x.dtype)  # (n, D)
+        for first in saved_branch:
+            first[rows] = branch[: len(first[rows])]
         if row_scale is not None:
             branch *= row_scale[rows, None]
         if scale is None:
             torch.add(x[rows], branch, out=out[rows])
         else:
             torch.addcmul(x[rows], branch, scale, out=out[rows])
-    return out, statistics, saved_z, saved_h
+    return out, [statistics, *saved_z, *saved_h, *saved_branch] if save else []
 
 
 def backward(
@@ -76,16 +80,14 @@ def backward(
     experts: Sequence[Any],
     layer_scale: Tensor | None,
     row_scale: Tensor | None,
-    statistics: Tensor,
-    z: Sequence[Tensor],
-    h: Sequence[Tensor],
+    saved: Sequence[Tensor],
     eps: float,
     trained: Sequence[bool],
 ) -> tuple[Tensor, Tensor, list[tuple[Tensor, ...]]]:
     """Gradients of `forward`.
 
     With g = row_scale * grad and Q = g^T h, fc2's weight gets layer_scale * Q, and the layer scale, without the value
-    of the branch, rowsum(Q * W2) + b2 * sum(g). For few rows the branch is cheaper than the passes over Q.
+    of the branch, rowsum(Q * W2) + b2 * sum(g).
 
     Args:
         grad: (N, D), of the result.
@@ -94,9 +96,7 @@ def backward(
         experts: `ExpertWeights` of each group.
         layer_scale: (D,) or None.
         row_scale: (N,) or None.
-        statistics: (2, N).
-        z: fc1's outputs.
-        h: GELU's outputs, or nothing.
+        saved: what `forward` returned.
         eps: epsilon of the norms.
         trained: whether each expert's parameters get a gradient.
 
@@ -104,6 +104,9 @@ def backward(
         Gradients of x, of the layer scale (empty without one) and of each expert's six parameters (empty ones where it
         is not trained).
     """
+    statistics, *rest = saved
+    branch = rest.pop() if layer_scale is not None else x[:0]
+    z, h = rest[: len(experts)], rest[len(experts) :]
     d_x = x.new_empty(x.shape)
     accumulator = statistics.dtype
     d_layer_scale = x.new_zeros(0 if layer_scale is None else len(layer_scale), dtype=accumulator)
@@ -116,9 +119,8 @@ def backward(
             activation = h[index] if h else F.gelu(z[index])  # (n, F)
             if layer_scale is None:
                 q, total = _linear(g.to(dtype).t(), activation.t()), g.sum(0, dtype=accumulator)  # (D, F), (D,)
-            elif len(g) <= FEW_ROWS:
-                branch = _linear(activation, expert.fc2_weight, expert.fc2_bias)
-                d_layer_scale += (g * branch).sum(0, dtype=accumulator)
+            elif rows.stop <= len(branch):
+                d_layer_scale += (g * branch[rows]).sum(0, dtype=accumulator)
                 q, total = _linear(d_branch.to(dtype).t(), activation.t()), d_branch.sum(0, dtype=accumulator)
             else:
                 q, total = _linear(g.to(dtype).t(), activation.t()), g.sum(0, dtype=accumulator)
