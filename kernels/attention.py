@@ -619,10 +619,12 @@ def _tiles(max_length: int, width: int, dtype: torch.dtype, capability: int) -> 
         capability: the GPU's major number, 8, 9 or 10.
     """
     roomy = width in (16, 32, 64)  # other sizes need masks for their lanes, or twice the registers
-    if dtype == torch.float32 and width > 64:  # spills a few registers even so
-        sizes = dict.fromkeys(("fwd", "bwd_dq", "bwd_dkv", "bwd_dbias"), (16, 16, 4))
+    if dtype == torch.float32 and width > 64:  # dbias spills even so: its operands, split in TF32 parts, fill a thread
+        sizes = {"fwd": (16, 16, 4), "bwd_dq": (16, 16, 8), "bwd_dkv": (16, 16, 4), "bwd_dbias": (16, 16, 8)}
     elif dtype == torch.float32:  # 3xTF32: operands are split in registers
         sizes = {"fwd": (32, 32, 8), "bwd_dq": (16, 32, 4), "bwd_dkv": (32, 32, 8), "bwd_dbias": (16, 32, 4)}
+        if not roomy:
+            sizes["bwd_dq"] = sizes["bwd_dbias"] = (16, 32, 8)
     elif roomy and capability >= 9:
         sizes = {"fwd": (64, 64, 4), "bwd_dq": (64, 64, 4), "bwd_dkv": (64, 64, 4), "bwd_dbias": (64, 64, 8)}
     else:

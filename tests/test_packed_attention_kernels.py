@@ -282,3 +282,21 @@ def test_all_builds(capability, dtype, width, options):
     for build in compile_ahead(*jobs, capability=capability):
         check_build(build, tensor_cores=False)
         assert any(build.count(name) for name in ("HMMA", "HGMMA", "UTCHMMA"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("dtype", "width", "options"),
+    [
+        (torch.float32, 34, {}),
+        (torch.bfloat16, 16, {}),
+        (torch.bfloat16, 34, {}),
+        (torch.bfloat16, 64, {"cls_only": True}),
+        (torch.bfloat16, 64, {"bias_dtype": torch.float32}),  # autocast
+    ],
+    ids=str,
+)
+def test_more_builds_for_hopper(dtype, width, options):
+    for build in compile_ahead(*(job(kind, 90, dtype, width, **options) for kind in KERNELS), capability=90):
+        check_build(build, tensor_cores=False)
+        assert build.count("HMMA") + build.count("HGMMA") > 0
