@@ -10,7 +10,7 @@ reads it, `benchmarks/results/<machine>/`; `--resume` with `--results` leaves ou
 `python -m benchmarks.report` then makes tables, plots and the page.
 
 A kernel that crashes takes the CUDA context along, and with it every later benchmark of the process: the run then stops
-with exit status 75. One that hangs ends the process after three minutes. `--resume` goes on with what comes after it.
+with exit status 75. One that hangs ends the process after three minutes. `--resume` goes on behind it.
 """
 
 from __future__ import annotations

@@ -146,6 +146,7 @@ class _Contender:
     may_refuse: tuple[type[BaseException], ...]
     slow_start: bool
     oracle: Callable[..., Any]
+    eager: Callable[..., Any] | None
     layout: Callable[..., Mapping[str, Any]] | None
     calls: int = 1
     seen: int = 0  # calls so far, to rotate the buffers
@@ -218,7 +219,8 @@ class Group:
                 happen only if it runs; `requires`: other packages' modules, without which it is skipped, the reason
                 stored, as it is when they are there and their first call raises anything at all; `may_refuse`:
                 exceptions of the first call that mean "not on this machine", for all others;
-                `slow_start`: left out of --quick; `oracle`: its own, where it answers the question in another way;
+                `slow_start`: left out of --quick; `oracle`, and `eager` of `Bench.group` with it: its own, where it
+                answers the question in another way;
                 `layout`: `layout(**inputs)` gives its own form of the inputs (padded, stacked), made before the clock
                 runs; its oracle then gets that form, too.
         """
@@ -242,14 +244,18 @@ class Group:
         may_refuse: tuple[type[BaseException], ...] = (),
         slow_start: bool = False,
         oracle: Callable[..., Any] | None = None,
+        eager: Callable[..., Any] | None = None,
         layout: Callable[..., Mapping[str, Any]] | None = None,
     ) -> None:
         if name in [contender.name for contender in self._contenders]:
             raise ValueError(f"{self.name}: contender {name!r} is there already")
         if layout is not None and oracle is None:
             raise ValueError(f"{self.name}: {name!r} has a layout of its own and needs an oracle for it")
-        oracle = self.oracle if oracle is None else oracle
-        contender = _Contender(name, role, function, make, tuple(requires), may_refuse, slow_start, oracle, layout)
+        if oracle is None:
+            oracle, eager = self.oracle, self.eager
+        contender = _Contender(
+            name, role, function, make, tuple(requires), may_refuse, slow_start, oracle, eager, layout
+        )
         self._contenders.append(contender)
 
     def promise(
@@ -536,7 +542,7 @@ class Group:
         for name, reference in expected.items():
             frobenius, worst_row = relative_error(results[name], reference)
             cap, row_cap = CAPS[self.dtype]
-            if self.eager is not None and not (frobenius <= cap and worst_row <= row_cap):
+            if contender.eager is not None and not (frobenius <= cap and worst_row <= row_cap):
                 cap, row_cap = self._wider_caps(contender, name)
             if not (frobenius <= cap and worst_row <= row_cap):  # NaN fails
                 raise AssertionError(
@@ -548,11 +554,11 @@ class Group:
 
     def _wider_caps(self, contender: _Contender, name: str) -> tuple[float, float]:
         """Bounds that follow from what eager itself errs in the dtype."""
-        assert self.eager is not None
+        assert contender.eager is not None
         side = self._side(contender)
         if not side.eager_errors:
             expected = self._expected(side, 0)
-            results = self._call(side, self.eager, side.buffers[0])
+            results = self._call(side, contender.eager, side.buffers[0])
             side.eager_errors = {name: relative_error(results[name], expected[name]) for name in expected}
         errors = zip(CAPS[self.dtype], side.eager_errors[name], strict=True)
         frobenius, worst_row = (max(cap, min(2 * error, 0.9)) for cap, error in errors)

@@ -96,6 +96,9 @@ def test_half_precision_may_err_twice_as_much_as_eager_but_never_be_garbage(benc
         run(cancelling, None)
     assert 0.02 < run(cancelling, cancelling)["contenders"][0]["error"] < 0.2
     run(lambda x: {"y": x + 0}, pytest.fail)  # nobody asks eager where the dtype's own bound is kept
+    group = bench.group("toy", "cancel", half, oracle=lambda x: {"y": x}, work=Work(1, "x"), dtype=torch.bfloat16)
+    group.ours("ours", cancelling, oracle=cancelling, eager=cancelling)  # its own answer, held to its own eager form
+    assert group.run()["contenders"][0]["error"] > 0.02
     for garbage in (torch.zeros_like, torch.empty_like, lambda x: -x):
         with pytest.raises(AssertionError, match="something else"):
             run(lambda x, garbage=garbage: {"y": garbage(x)}, cancelling)
