@@ -85,6 +85,7 @@ def bench_ffn(bench: Bench, size: str, tokens: int, mode: str) -> None:
         "experts",
         inputs,
         oracle=eager,
+        eager=eager,
         work=Work(
             tokens,
             "tokens",

@@ -19,7 +19,7 @@ from torch.utils.flop_counter import register_flop_formula
 from vlmo_fast.distributed import Ranks, gather, log_sum_exp, pass_on, scale_gradient
 from vlmo_fast.ops import _similarity, _similarity_tiles, reference
 from vlmo_fast.ops._similarity import Excluded
-from vlmo_fast.ops.dispatch import Problem, select
+from vlmo_fast.ops.dispatch import Problem, capability_of, select
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -254,7 +254,7 @@ def _check_sizes(op: str, image_embeds: Tensor, text_embeds: Tensor, ranks: Rank
 def _problem(image_embeds: Tensor, text_embeds: Tensor, ranks: Ranks = Ranks()) -> Problem:  # noqa: B008
     needs_grad = torch.is_grad_enabled() and (image_embeds.requires_grad or text_embeds.requires_grad)
     device = image_embeds.device
-    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+    capability = capability_of(device)
     return Problem(device.type, image_embeds.dtype, needs_grad, num_ranks=ranks.size, capability=capability)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from vlmo_fast.ops import _ffn_torch, reference
-from vlmo_fast.ops.dispatch import Problem, select, triton_interprets
+from vlmo_fast.ops.dispatch import Problem, capability_of, select, triton_interprets
 
 __all__ = ["ExpertWeights", "mome_ffn"]
 
@@ -82,7 +82,7 @@ def mome_ffn(
     leaves = [x, layer_scale, *(weight for column in columns for weight in column)]
     needs_grad = torch.is_grad_enabled() and any(leaf is not None and leaf.requires_grad for leaf in leaves)
     interpreted = backend == "triton" and triton_interprets()
-    capability = _capability(x.device.index) if x.device.type == "cuda" else None
+    capability = capability_of(x.device)
     problem = Problem(x.device.type, dtype, needs_grad, interpreted=interpreted, capability=capability)
     implementation = select("mome_ffn", problem, backend)
     if implementation == "eager":
@@ -142,11 +142,6 @@ def _validate(
     if torch.promote_types(x.dtype, dtype) != x.dtype:
         fail("experts[0].fc1_weight", f"not be wider than x, which is {x.dtype}", dtype, TypeError)
     return dtype
-
-
-@torch.compiler.assume_constant_result
-def _capability(device_index: int) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device_index)
 
 
 def _autocasts(x: Tensor) -> bool:

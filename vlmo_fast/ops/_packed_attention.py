@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from vlmo_fast.ops import _buckets, reference
-from vlmo_fast.ops.dispatch import Problem, select, triton_interprets
+from vlmo_fast.ops.dispatch import Problem, capability_of, select, triton_interprets
 
 __all__ = ["packed_attention"]
 
@@ -65,7 +65,7 @@ def packed_attention(
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (query, key, value, bias))
     interpreted = backend == "triton" and triton_interprets()
-    capability = _capability(query.device.index) if query.device.type == "cuda" else None
+    capability = capability_of(query.device)
     problem = Problem(
         query.device.type, query.dtype, needs_grad, query.shape[-1], interpreted=interpreted, capability=capability
     )
@@ -117,11 +117,6 @@ def _validate(
             fail("host_segments", "be int32 on the CPU", f"{host_segments.dtype} on {host_segments.device}", TypeError)
         if host_segments.shape != segments.shape:
             fail("host_segments", f"be {tuple(segments.shape)} like segments", tuple(host_segments.shape))
-
-
-@torch.compiler.assume_constant_result
-def _capability(device_index: int) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device_index)
 
 
 def _plan(

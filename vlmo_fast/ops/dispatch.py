@@ -10,13 +10,16 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import NamedTuple
+from typing import NamedTuple, ParamSpec, TypeVar
 
 import torch
 
 from vlmo_fast import extensions
 
-__all__ = ["Choice", "Problem", "explain", "implementations", "select", "triton_interprets"]
+__all__ = ["Choice", "Problem", "capability_of", "explain", "implementations", "select", "triton_interprets"]
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -73,11 +76,30 @@ def _by_name(problem: Problem) -> bool:
     return False
 
 
+def constant(function: Callable[P, T]) -> Callable[P, T]:
+    """Have `torch.compile` take the function's result once, as a constant.
+
+    As `torch.compiler.assume_constant_result`, which loads the compiler for it: two seconds that eager code can spare.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+def capability_of(device: torch.device) -> tuple[int, int] | None:
+    """Compute capability of a CUDA device; None for others."""
+    return _capability(device.index) if device.type == "cuda" else None
+
+
+@constant
+def _capability(device_index: int) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device_index)
+
+
 def _everywhere(why: str) -> Callable[[Problem], tuple[bool, str]]:
     return lambda problem: (True, why)
 
 
-@torch.compiler.assume_constant_result
+@constant
 def _is_installed(package: str) -> bool:
     return find_spec(package) is not None
 
@@ -181,7 +203,7 @@ def _cuda_blocks(problem: Problem) -> tuple[bool, str]:
     return True, "blocks of rows: torch's matmuls, and between them CUDA kernels"
 
 
-@torch.compiler.assume_constant_result
+@constant
 def _is_built(name: str) -> bool:
     return extensions.is_built(name)
 
