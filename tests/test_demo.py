@@ -1,24 +1,39 @@
 """The demo from end to end in miniature: it trains, measures, saves and reports. What it learns is not asserted."""
 
+import dataclasses
 import json
+import re
 
+import numpy as np
 import pytest
 import torch
 
 import vlmo_fast
 from vlmo_fast import demo
-from vlmo_fast.demo.recipe import DemoData, MuonAdamW, Recipe, StepBatches, make_network
+from vlmo_fast.data.scenes import ONE_IMAGE_STATEMENT_TYPES, STATEMENT_TYPES
+from vlmo_fast.demo.recipe import DemoData, MuonAdamW, Recipe, Stage, StepBatches, make_network
+from vlmo_fast.losses import IGNORE_INDEX
 
 TINY = Recipe(
-    num_steps=12,
-    num_contrast_steps=2,
-    num_first_captions=8,
-    num_captions=8,
-    num_questions=8,
-    num_scene_questions=4,
-    num_statements=16,
+    stages=(
+        Stage(2, num_captions=8, num_masked=4, num_kinds=4),
+        Stage(
+            4,
+            muon_rate=0.5,
+            adamw_rate=2.0,
+            num_questions=8,
+            even_answers=True,
+            num_presence=4,
+            num_statements=16,
+            negated=0.0,
+        ),
+        Stage(6, num_captions=8, num_questions=8, num_scene_questions=4, num_statements=16),
+    ),
     num_warmup_steps=2,
+    num_decay_steps=4,
     hidden_size=32,
+    num_hidden_layers=3,
+    num_vl_layers=1,
     num_attention_heads=2,
 )
 
@@ -30,48 +45,139 @@ def data() -> DemoData:
 
 def test_one_backbone_serves_all_heads(data):
     network = make_network(TINY, data)
-    assert network.answering.backbone is network.retrieval.backbone is network.judging.backbone
-    assert (network.answering.config.num_labels, network.judging.config.num_labels) == (len(data.answers), 2)
+    heads = (network.retrieval, network.naming, network.sorting, network.answering, network.judging)
+    assert len({id(head.backbone) for head in heads}) == 1
+    assert [head.config.num_labels for head in heads[2:]] == [24, len(data.answers), 2]
 
 
 def test_batches_are_those_of_the_recipe(data):
-    """Captions alone first, then all objectives; the same seed gives the same batches, another seed others."""
-    stream = iter(StepBatches(data, TINY))
-    batches = [next(stream) for _ in range(4)]
-    assert ["question_labels" in batch for batch in batches] == [False, False, True, True]
-    last = batches[-1]
-    assert last["caption_pixel_values"].shape == (8, 3, 64, 64)
+    """Stage after stage; the same seed gives the same batches, another seed others."""
+    batches = list(StepBatches(data, TINY))
+    assert len(batches) == TINY.num_steps == 12
+    tasks = [sorted({name.split("_")[0] for name in batch}) for batch in batches]
+    assert tasks[:2] == [["caption", "kind", "masked"]] * 2
+    assert tasks[2:6] == [["question", "statement"]] * 4
+    assert tasks[6:] == [["caption", "question", "statement"]] * 6
+    first, second, last = batches[0], batches[2], batches[-1]
+    assert first["caption_pixel_values"].shape == (8, 3, 64, 64)
+    assert second["question_pixel_values"].shape == (12, 3, 64, 64)
+    assert second["statement_pixel_values"].shape == (8, 2, 3, 64, 64)  # those of the first wording
     assert last["question_pixel_values"].shape == (12, 3, 64, 64)
     assert last["statement_pixel_values"].shape == (16, 2, 3, 64, 64)
-    assert -1 <= last["caption_pixel_values"].min() < -0.5 < 0.5 < last["caption_pixel_values"].max() <= 1
-    again = iter(StepBatches(data, TINY))
-    for batch in batches:
-        for name, tensor in next(again).items():
-            assert torch.equal(tensor, batch[name]), name
-    other = next(iter(StepBatches(data, Recipe(**{**TINY.__dict__, "seed": 1}))))
-    assert not torch.equal(other["caption_input_ids"], batches[0]["caption_input_ids"])
+    background = first["caption_pixel_values"].median()
+    assert abs(background) < 0.7
+    for batch, again in zip(batches, StepBatches(data, TINY), strict=True):
+        assert batch.keys() == again.keys()
+        for name, tensor in batch.items():
+            assert torch.equal(tensor, again[name]), name
+    other = next(iter(StepBatches(data, dataclasses.replace(TINY, seed=1))))
+    assert not torch.equal(other["caption_input_ids"], first["caption_input_ids"])
+
+
+def test_one_name_of_each_caption_is_masked(data):
+    stage = Stage(1, num_masked=64)
+    batch = next(iter(StepBatches(data, Recipe(stages=(stage,)))))
+    ids, labels = batch["masked_input_ids"], batch["masked_labels"]
+    is_hidden = ids == data.tokenizer.mask_token_id
+    assert (is_hidden.sum(dim=1) == 1).all()
+    assert ((labels != IGNORE_INDEX) == is_hidden).all()
+    names = data.tokenizer.convert_ids_to_tokens(labels[is_hidden].tolist())
+    assert set(names) <= set(data.world.sprites.names)
+    assert set(is_hidden.int().argmax(dim=1).tolist()) == {2, 5, 6}  # the first object's name, or the second's
+    shown = data.tokenizer.batch_decode(torch.where(is_hidden, labels, ids), skip_special_tokens=True)
+    assert all(re.fullmatch(r"an? \w+ (left of|above) an? \w+", caption) for caption in shown)
+
+
+def test_even_answers(data):
+    """Yes and no come equally often then, for each question, and negated questions as seldom as the stage asks."""
+    train = data.easy_vqa["train"]
+    stage = Stage(1, num_questions=4000, even_answers=True, negated=0.1)
+    chosen = data.draw_questions(stage, np.random.default_rng(0))
+    asked = [(train.questions[n], train.answers[n]) for n in chosen]
+    closed = [(question, answer) for question, answer in asked if answer in ("yes", "no")]
+    assert np.mean([answer == "yes" for _, answer in closed]) == pytest.approx(0.5, abs=0.03)
+    assert np.mean([answer == "yes" for question, answer in closed if "red" in question]) == pytest.approx(0.5, abs=0.1)
+    assert np.mean([" no" in question for question, _ in closed]) == pytest.approx(0.1 / 1.1, abs=0.02)
+    as_they_come = data.draw_questions(dataclasses.replace(stage, even_answers=False), np.random.default_rng(0))
+    assert np.mean([" no" in train.questions[n] for n in as_they_come]) > 0.3
+    assert len(set(as_they_come)) > 3000
+
+
+def test_sorted_pictures_are_of_known_kind(data):
+    batch = next(iter(StepBatches(data, Recipe(stages=(Stage(1, num_kinds=200),)))))
+    assert batch["kind_labels"].min() >= 0
+    assert len(batch["kind_labels"].unique()) == 24
+
+
+def test_rates(data):
+    """Warm-up from the first step, a stage's own factors, a cosine to 0 at the end."""
+    rates = [TINY.rates(step) for step in range(12)]
+    assert rates[:3] == [(0.5, 0.5), (1.0, 1.0), (0.5, 2.0)]
+    assert rates[6:9] == [(1.0, 1.0)] * 3
+    assert rates[10] == pytest.approx((0.5, 0.5))
+    assert [muon for muon, _ in rates[8:]] == sorted((muon for muon, _ in rates[8:]), reverse=True)
+    assert 0 < rates[11][0] < 0.2
+
+
+def test_settings_are_told_in_words():
+    settings = TINY.settings()
+    assert settings["hidden_size"] == 32
+    assert settings["stage 1"] == "num_steps 2; num_captions 8; num_masked 4; num_kinds 4"
+    assert settings["stage 3"].endswith("; num_statements 16")
+    assert Recipe().settings()["stage 3"].endswith("; statement_types arrangement")
+    assert "stages" not in settings
+
+
+@pytest.mark.parametrize("num_steps", [1, 6, 12, 100])
+def test_a_shortened_recipe_has_as_many_steps_as_asked_for(num_steps):
+    short = TINY.shortened(num_steps)
+    assert short.num_steps == num_steps
+    assert dataclasses.replace(short, stages=TINY.stages, num_warmup_steps=2, num_decay_steps=4) == TINY
+    if num_steps == 6:
+        assert [stage.num_steps for stage in short.stages] == [1, 2, 3]
+        assert (short.num_warmup_steps, short.num_decay_steps) == (1, 2)
 
 
 def test_every_word_is_known(data):
     texts = [*data.world.captions("train", 200, rng=0).captions, *data.world.questions("test", 200, rng=0).questions]
-    texts += [*data.world.statements("train", 200, rng=0).statements, *data.easy_vqa["test"].questions[:500]]
+    types = (*STATEMENT_TYPES, *ONE_IMAGE_STATEMENT_TYPES)
+    texts += [
+        *data.world.statements("train", 560, rng=0, types=types).statements,
+        *data.easy_vqa["test"].questions[:500],
+    ]
     ids = data.encode_texts(texts)["input_ids"]
     assert not (ids == data.tokenizer.unk_token_id).any()
     assert ids.shape[1] <= make_network(TINY, data).retrieval.config.max_text_length
 
 
 def test_each_parameter_has_one_optimiser(data):
-    """Muon takes the matrices of the blocks, AdamW the rest; only matrices and embeddings decay."""
+    """Muon takes the matrices of the blocks and the patch projections, AdamW the rest; vectors do not decay."""
     network = make_network(TINY, data)
     optimizer = MuonAdamW(network, TINY)
     names = {id(p): name for name, p in network.named_parameters() if p.requires_grad}
     groups = [[names[id(p)] for p in group["params"]] for group in optimizer.param_groups]
     assert sorted(name for group in groups for name in group) == sorted(names.values())
     assert all(".blocks." in name and name.endswith(".weight") for name in groups[0])
-    assert not any(".blocks." in name for name in groups[1])
-    assert groups[2]
-    assert optimizer.param_groups[2]["weight_decay"] == 0
-    assert all(dict(network.named_parameters())[name].ndim < 2 for name in groups[2])
+    assert [name.split(".")[-2] for name in groups[1]] == ["projection", "stem"]
+    assert not any(".blocks." in name for name in groups[2])
+    assert groups[3]
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.05, 0.05, 0.05, 0.0]
+    assert all(dict(network.named_parameters())[name].ndim < 2 for name in groups[3])
+
+
+def test_patch_projections_move_as_matrices_do(data):
+    """By Muon's step of the flattened filters."""
+    network = make_network(TINY, data)
+    weight = network.retrieval.backbone.image_embeddings.projection.weight
+    before = weight.detach().clone()
+    optimizer = MuonAdamW(network, TINY)
+    network(**next(iter(StepBatches(data, TINY)))).loss.backward()
+    matrix = torch.nn.Parameter(before.flatten(1).clone())
+    matrix.grad = weight.grad.flatten(1).clone()
+    torch.optim.Muon([matrix], lr=TINY.patch_learning_rate, momentum=0.95, weight_decay=TINY.weight_decay).step()
+    optimizer.step()
+    assert not torch.equal(weight, before)
+    assert torch.equal(weight, matrix.detach().view_as(weight))
 
 
 def test_scheduled_learning_rates_reach_both_optimisers(data):
@@ -88,7 +194,8 @@ def test_scheduled_learning_rates_reach_both_optimisers(data):
         moved = {name for name, p in network.named_parameters() if not torch.equal(p, before[name])}
         assert bool(moved) == bool(rate)
     assert any(".blocks." in name for name in moved)
-    assert any("embeddings" in name for name in moved)
+    assert any("word_embeddings" in name for name in moved)
+    assert any("image_embeddings.projection" in name for name in moved)
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +222,8 @@ def test_the_run_measures_everything(finished):
         assert questions.examples
     assert set(results.statements.baselines.values()) == {0.5}
     assert results.history[-1]["step"] <= TINY.num_steps
-    assert {"contrast", "answers", "statements"} <= set(results.history[-1])
+    objectives = {"contrast", "masked_words", "kinds", "answers", "statements"}
+    assert objectives <= {name for row in results.history for name in row}
     assert results.training_seconds < results.total_seconds
 
 

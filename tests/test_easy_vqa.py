@@ -5,7 +5,7 @@ import sys
 import numpy as np
 import pytest
 
-from vlmo_fast.data import EasyVQA, easy_vqa_baselines, load_easy_vqa
+from vlmo_fast.data import EasyVQA, easy_vqa, easy_vqa_baselines, load_easy_vqa
 from vlmo_fast.data.easy_vqa import question_majority_accuracy, question_type
 
 package = pytest.importorskip("easy_vqa", reason="pip install easy-vqa")
@@ -54,6 +54,21 @@ def test_validation_depends_on_the_seed_alone(validation: EasyVQA) -> None:
     assert np.array_equal(validation.images, load_easy_vqa("validation").images)
     assert not np.array_equal(validation.images, load_easy_vqa("validation", seed=1).images)
     assert len(load_easy_vqa("validation", num_validation_images=7).images) == 7
+
+
+def test_kinds_are_what_the_pixels_show_where_answers_tell_them(train: EasyVQA) -> None:
+    asked = {(kind, n) for kind, n in zip(train.types, train.image_index.tolist(), strict=True)}
+    told = [n for n in range(len(train.images)) if {("colour", n), ("shape", n)} <= asked]
+    kinds = train.kinds
+    assert np.flatnonzero(kinds >= 0).tolist() == told
+    for n in told[::20]:
+        colour, shape = easy_vqa.COLOURS[kinds[n] // 3], easy_vqa.SHAPES[kinds[n] % 3]
+        inside = (train.images[n] == COLOURS[colour]).all(axis=-1)
+        assert inside.any()
+        if np.argwhere(inside).min() > 10 and np.argwhere(inside).max() < 53:  # not cut off
+            share = {"rectangle": 1, "circle": np.pi / 4, "triangle": 0.5}[shape]
+            box = inside.any(axis=0).sum() * inside.any(axis=1).sum()
+            assert inside.sum() / box == pytest.approx(share, abs=0.12)
 
 
 @pytest.mark.parametrize("split", ["train", "validation", "test"])

@@ -284,11 +284,27 @@ def test_types_can_be_weighted(shapes: SceneWorld) -> None:
     assert batch.types == (["neighbour"] * 8 + ["presence"] * 4) * 2
 
 
+def test_presence_questions_are_about_the_scenes_given(solid: SceneWorld) -> None:
+    scenes = solid.captions("train", 64, rng=0)
+    batch = solid.presence_questions(scenes, rng=1)
+    assert batch.images is scenes.images
+    assert batch.image_index.tolist() == [n for n in range(64) for _ in range(2)]
+    assert batch.answers == ["yes", "no"] * 64
+    asked = Counter()
+    for question, answer, n in zip(batch.questions, batch.answers, batch.image_index, strict=True):
+        x = re.fullmatch(r"is there an? (\w+) \?", question)[1]
+        assert (x in found(batch.images[n])) == (answer == "yes")
+        asked[answer, x] += 1
+    assert {x for answer, x in asked if answer == "yes"} == {x for answer, x in asked if answer == "no"} == set(NAMES)
+    assert digest(batch) == digest(solid.presence_questions(scenes, rng=1))
+    assert digest(batch) != digest(solid.presence_questions(scenes, rng=2))
+
+
 # Statements
 
 
 def test_labels_follow_from_the_pixels(solid: SceneWorld) -> None:
-    batch = solid.statements("train", 160, rng=0)
+    batch = solid.statements("train", 240, rng=0)
     bits: Counter[tuple[str, bool, bool]] = Counter()
     for (left, right), statement, label in zip(batch.image_index, batch.statements, batch.labels, strict=True):
         boxes = [found(batch.images[n]) for n in (left, right)]
@@ -297,6 +313,12 @@ def test_labels_follow_from_the_pixels(solid: SceneWorld) -> None:
             wording, x = match.groups()
             first, second = (x in shown for shown in boxes)
             differ = wording == "exactly one image shows"
+        elif match := re.fullmatch(
+            r"the objects are side by side in (exactly one image|both images or neither)", statement
+        ):
+            wording = match[1]
+            first, second = (side_by_side(shown) for shown in boxes)
+            differ = wording == "exactly one image"
         else:
             x, wording = re.fullmatch(
                 r"the (\w+) is on (different sides in the two|the same side in both) images", statement
@@ -306,20 +328,31 @@ def test_labels_follow_from_the_pixels(solid: SceneWorld) -> None:
             differ = wording.startswith("different")
         assert label == ((first != second) == differ), statement
         bits[wording, first, second] += 1
-    assert len(bits) == 16  # each wording with each combination of the two bits
+    assert len(bits) == 24  # each wording with each combination of the two bits
     assert len(set(bits.values())) == 1
+
+
+def side_by_side(shown: dict[str, tuple[int, int, int, int]]) -> bool:
+    """Whether the boxes (x0, y0, x1, y1) of two objects have no column in common."""
+    first, second = sorted(shown.values())
+    return first[2] <= second[0]
 
 
 def test_labels_of_one_image_statements_follow_from_the_pixels(solid: SceneWorld) -> None:
     batch = solid.statements("train", 160, rng=0, types=ONE_IMAGE_STATEMENT_TYPES)
-    seen: Counter[tuple[str, bool, bool]] = Counter()
+    seen: Counter[tuple[str, str, bool, bool]] = Counter()
     for pair, statement, label in zip(batch.image_index, batch.statements, batch.labels, strict=True):
-        match = re.fullmatch(r"the (left|right) image (shows|does not show) an? (\w+)", statement)
-        side, wording, x = match.groups()
-        shown = x in found(batch.images[pair[int(side == "right")]])
-        assert label == (shown == (wording == "shows")), statement
-        seen[side, wording == "shows", shown] += 1
-    assert len(seen) == 8
+        if match := re.fullmatch(r"the (left|right) image (shows|does not show) an? (\w+)", statement):
+            side, wording, x = match.groups()
+            is_so = x in found(batch.images[pair[int(side == "right")]])
+        else:
+            match = re.fullmatch(r"the objects are (not )?side by side in the (left|right) image", statement)
+            x, (wording, side) = "", match.groups()
+            is_so = side_by_side(found(batch.images[pair[int(side == "right")]]))
+        asserts = wording in ("shows", None)
+        assert label == (is_so == asserts), statement
+        seen["presence" if x else "arrangement", side, asserts, is_so] += 1
+    assert len(seen) == 16
     assert len(set(seen.values())) == 1
 
 

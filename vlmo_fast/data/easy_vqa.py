@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 EasyVQASplit: TypeAlias = Literal["train", "validation", "test"]
 QuestionType: TypeAlias = Literal["yes/no", "colour", "shape"]
 
+COLOURS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
+SHAPES = ("circle", "rectangle", "triangle")
+
 # The pictures are drawn without anti-aliasing, on a pale background, in exactly these colours.
 _PALETTE = {
     "black": 0x000000, "blue": 0x0000FF, "brown": 0xA52A2A, "gray": 0x808080,
@@ -49,6 +52,17 @@ class EasyVQA:
     def types(self) -> list[QuestionType]:
         """The type of each question, Q of them."""
         return [question_type(question) for question in self.questions]
+
+    @property
+    def kinds(self) -> npt.NDArray[np.int64]:
+        """Colour and shape of each picture as answers tell them, (N,) int64: 3 colour + shape; -1 where they do not."""
+        told = np.full((2, len(self.images)), -1)
+        for kind, answer, n in zip(self.types, self.answers, self.image_index.tolist(), strict=True):
+            if kind == "colour":
+                told[0, n] = COLOURS.index(answer)
+            elif kind == "shape":
+                told[1, n] = SHAPES.index(answer)
+        return np.where((told >= 0).all(axis=0), told[0] * len(SHAPES) + told[1], -1)
 
 
 class EasyVQABaselines(NamedTuple):

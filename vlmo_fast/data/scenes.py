@@ -47,8 +47,9 @@ ATTRIBUTION = (
 SPLITS: tuple[Split, ...] = get_args(Split)
 RELATIONS = ("left of", "right of", "above", "below")  # relation r ^ 1 is the converse of r
 QUESTION_TYPES = ("neighbour", "relation", "presence")
-STATEMENT_TYPES = ("presence", "side")  # balanced: two of the three inputs never tell
-ONE_IMAGE_STATEMENT_TYPES = ("left", "right")  # easier, to learn from: one image and the statement tell
+STATEMENT_TYPES = ("arrangement", "presence", "side")  # balanced: two of the three inputs never tell
+# Easier, to learn from: one image and the statement tell.
+ONE_IMAGE_STATEMENT_TYPES = ("left", "right", "left arrangement", "right arrangement")
 
 _QUESTIONS = {
     "neighbour": "what is {relation} the {x} ?",
@@ -56,18 +57,33 @@ _QUESTIONS = {
     "presence": "is there {a_x} ?",
 }
 _STATEMENTS = {  # the statement and its negation
+    "arrangement": (
+        "the objects are side by side in exactly one image",
+        "the objects are side by side in both images or neither",
+    ),
     "presence": ("exactly one image shows {a_x}", "both images or neither show {a_x}"),
     "side": ("the {x} is on different sides in the two images", "the {x} is on the same side in both images"),
     "left": ("the left image shows {a_x}", "the left image does not show {a_x}"),
     "right": ("the right image shows {a_x}", "the right image does not show {a_x}"),
+    "left arrangement": (
+        "the objects are side by side in the left image",
+        "the objects are not side by side in the left image",
+    ),
+    "right arrangement": (
+        "the objects are side by side in the right image",
+        "the objects are not side by side in the right image",
+    ),
 }
 _TRUTH: dict[
     str, Callable[[IntArray, IntArray], IntArray]
 ] = {  # of the first wording, given the bit of the left and of the right image
+    "arrangement": np.bitwise_xor,
     "presence": np.bitwise_xor,
     "side": np.bitwise_xor,
     "left": lambda left, right: left,
     "right": lambda left, right: right,
+    "left arrangement": lambda left, right: left,
+    "right arrangement": lambda left, right: right,
 }
 
 # CLDR short names of one word, drawn so that they differ at 24 pixels.
@@ -410,6 +426,32 @@ class SceneWorld:
             types=[kind for kind in kinds for _ in range(4)],
         )
 
+    def presence_questions(self, scenes: Scenes, *, rng: np.random.Generator | int) -> Questions:
+        """Two questions about each of these scenes: "is there a boar ?" of an object that it shows, and of another.
+
+        Args:
+            scenes: M of them, of any split.
+            rng: a generator or a seed.
+
+        Returns:
+            2 M questions, of the same scenes; the answers are "yes" and "no" in turn.
+        """
+        rng = _generator(rng)
+        num_scenes, num_shown = scenes.objects.shape
+        scores = rng.random((num_scenes, len(self.sprites.names)))
+        np.put_along_axis(scores, scenes.objects, -1.0, axis=1)
+        shown = scenes.objects[np.arange(num_scenes), rng.integers(0, num_shown, num_scenes)]
+        asked = np.stack([shown, scores.argmax(axis=1)], axis=1).ravel()  # (2 M,)
+        return Questions(
+            images=scenes.images,
+            objects=scenes.objects,
+            boxes=scenes.boxes,
+            image_index=np.arange(2 * num_scenes) // 2,
+            questions=[self._fill(_QUESTIONS["presence"], x) for x in asked.tolist()],
+            answers=["yes", "no"] * num_scenes,
+            types=["presence"] * (2 * num_scenes),
+        )
+
     def statements(
         self,
         split: Split,
@@ -420,11 +462,14 @@ class SceneWorld:
     ) -> Statements:
         """Draw true and false statements about two pictures, in blocks of two left x two right pictures x two wordings.
 
+        - arrangement: how the two objects lie; "the objects are side by side in exactly one image", "the objects are
+          side by side in both images or neither".
         - presence: whether an object is shown; "exactly one image shows a boar", "both images or neither show a boar".
         - side: on which side an object is that both show; "the boar is on different sides in the two images", "the boar
           is on the same side in both images".
-        - left, right: "the left image shows a boar", "the left image does not show a boar". One image settles these;
-          they are there to learn from, not to be measured by.
+        - left, right: "the left image shows a boar", "the left image does not show a boar"; left arrangement, right
+          arrangement: "the objects are side by side in the left image", "the objects are not side by side in the left
+          image". One image settles these; they are there to learn from, not to be measured by.
 
         Args:
             split: which pairs of objects; each picture shows one.
@@ -451,9 +496,15 @@ class SceneWorld:
             x = int(rng.choice(rng.choice(pairs)))
             has_x = (pairs == x).any(axis=1)
             for bit in (0, 1, 0, 1):  # of the two left pictures, then of the two right ones
-                pair = rng.choice(pairs[has_x if bit or kind == "side" else ~has_x])
+                if "arrangement" in kind:
+                    pair, layout = rng.choice(pairs), int(rng.integers(0, 2)) + 2 * (1 - bit)
+                elif kind == "side":
+                    pair = rng.choice(pairs[has_x])
+                    layout = bit ^ int(pair[0] != x)
+                else:
+                    pair, layout = rng.choice(pairs[has_x if bit else ~has_x]), int(rng.integers(0, 4))
                 shown.append(pair)
-                layouts.append(bit ^ int(pair[0] != x) if kind == "side" else int(rng.integers(0, 4)))
+                layouts.append(layout)
             for wording in _STATEMENTS[kind]:
                 statements += [self._fill(wording, x)] * 4
         objects = np.array(shown)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import os
 import platform
 import sys
@@ -60,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     recipe = Recipe(seed=args.seed)
     if args.steps is not None:
-        recipe = dataclasses.replace(recipe, num_steps=args.steps)
+        recipe = recipe.shortened(args.steps)
     args.output.mkdir(parents=True, exist_ok=True)
     results = run(recipe, args.output, split=args.split)
     results.save(args.output / "results.json")
@@ -98,10 +97,10 @@ def run(recipe: Recipe, output_dir: Path, *, split: Split = "test") -> DemoResul
     network, history = train(recipe, data, output_dir / "trainer")
     training_seconds = time.perf_counter() - training_began
     print(f"Measuring on the {split} split ...", flush=True)
-    num_scene_questions = (recipe.num_steps - recipe.num_contrast_steps) * recipe.num_scene_questions
+    num_scene_questions = sum(stage.num_steps * stage.num_scene_questions for stage in recipe.stages)
     control = evaluate.fit_no_fusion(network, data, num_scene_questions=num_scene_questions)
     results = DemoResults(
-        recipe={**dataclasses.asdict(recipe), "split": split},
+        recipe={**recipe.settings(), "split": split},
         machine={
             "processor": _processor(),
             "cores": str(os.cpu_count()),

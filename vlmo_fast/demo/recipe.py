@@ -11,6 +11,7 @@ import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, chain, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -22,18 +23,108 @@ from torch.utils.data import IterableDataset
 from transformers import BertTokenizer, Trainer, TrainingArguments
 from transformers.modeling_outputs import ModelOutput
 
-from vlmo_fast.data import Captions, EasyVQA, SceneWorld, emoji_sprites, load_easy_vqa, tokenize
-from vlmo_fast.data.scenes import ONE_IMAGE_STATEMENT_TYPES, STATEMENT_TYPES
+from vlmo_fast.data import EasyVQA, SceneWorld, emoji_sprites, load_easy_vqa, tokenize
+from vlmo_fast.data.easy_vqa import COLOURS, SHAPES
+from vlmo_fast.data.scenes import STATEMENT_TYPES
 from vlmo_fast.hf.configuration import VLMoConfig
 from vlmo_fast.hf.modeling import (
+    VLMoForImageClassification,
     VLMoForImagesAndTextClassification,
     VLMoForImageTextRetrieval,
+    VLMoForMaskedLM,
     VLMoForQuestionAnswering,
 )
+from vlmo_fast.losses import IGNORE_INDEX
 
-__all__ = ["DemoData", "DemoNetwork", "Recipe", "make_network", "train"]
+__all__ = ["DemoData", "DemoNetwork", "Recipe", "Stage", "make_network", "train"]
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stretch of training: how fast it learns, and what each step sees of every objective; 0 leaves one out.
+
+    Attributes:
+        num_steps: optimiser steps.
+        muon_rate: factor on the learning rates of Muon.
+        adamw_rate: factor on that of AdamW.
+        num_captions: captioned scenes for the contrast, half of them in groups that differ in layout.
+        num_masked: captioned scenes of which one object's name is masked.
+        num_kinds: pictures of easy-VQA to classify by colour and shape, without a text.
+        num_questions: questions of easy-VQA.
+        even_answers: draw them so that all questions, and of each question all answers, are equally frequent.
+        num_presence: questions whether an object is in a captioned scene; a multiple of 2.
+        num_scene_questions: questions about scenes of four objects; a multiple of 4.
+        num_statements: statements about two scenes; a multiple of 8.
+        statement_types: their types, in turn.
+        negated: share of the negated questions (with `even_answers`) and statements that are kept. Whether an answer
+            turns on a picture is hidden as long as half of the questions turn it around.
+    """
+
+    num_steps: int
+    muon_rate: float = 1.0
+    adamw_rate: float = 1.0
+    num_captions: int = 0
+    num_masked: int = 0
+    num_kinds: int = 0
+    num_questions: int = 0
+    even_answers: bool = False
+    num_presence: int = 0
+    num_scene_questions: int = 0
+    num_statements: int = 0
+    statement_types: tuple[str, ...] = STATEMENT_TYPES
+    negated: float = 1.0
+
+
+STAGES = (
+    # What the two encoders see and read, each by itself and word by word.
+    Stage(180, num_captions=96, num_masked=48, num_kinds=32),
+    # What two pictures have in common; then the same turned around.
+    Stage(
+        120,
+        muon_rate=0.2,
+        adamw_rate=2.0,
+        num_statements=64,
+        statement_types=("left arrangement", "right arrangement", "arrangement", "arrangement"),
+        negated=0.05,
+    ),
+    Stage(70, muon_rate=0.2, adamw_rate=2.0, num_statements=64, statement_types=("arrangement",)),
+    # The first stage once more, slowly: so the encoders agree on which object is where.
+    Stage(
+        100,
+        muon_rate=0.25,
+        num_captions=96,
+        num_masked=48,
+        num_kinds=32,
+        num_questions=24,
+        even_answers=True,
+        num_statements=16,
+        statement_types=("arrangement",),
+    ),
+    # Questions whose answers turn on the picture.
+    Stage(
+        110,
+        muon_rate=0.15,
+        num_captions=48,
+        num_questions=96,
+        even_answers=True,
+        num_presence=16,
+        num_statements=16,
+        statement_types=("arrangement",),
+        negated=0.15,
+    ),
+    # Everything as it comes.
+    Stage(
+        230,
+        muon_rate=0.15,
+        num_captions=48,
+        num_questions=112,
+        num_scene_questions=8,
+        num_statements=24,
+        statement_types=("arrangement", "arrangement", "presence"),
+    ),
+)
 
 
 @dataclass(frozen=True)
@@ -42,17 +133,13 @@ class Recipe:
 
     Attributes:
         seed: of the network, the batches and the order of everything.
-        num_steps: optimiser steps.
-        num_contrast_steps: how many of the first steps see captions alone; the other objectives join then.
-        num_first_captions: captioned scenes a step in that first stage, half of them in groups that differ in layout.
-        num_captions: captioned scenes a step after that.
-        num_questions: easy-VQA questions a step.
-        num_scene_questions: questions about scenes of four objects a step; a multiple of 4.
-        num_statements: statements about two scenes a step; a multiple of 8.
-        muon_learning_rate: peak, for the matrices of the blocks.
-        learning_rate: peak, for all other parameters (AdamW).
+        stages: what is learned when.
+        muon_learning_rate: for the matrices of the blocks.
+        patch_learning_rate: for the projections of the patches (Muon).
+        learning_rate: for all other parameters (AdamW).
         weight_decay: on matrices and embeddings; none on biases, norms and scales.
-        num_warmup_steps: of linear warm-up; the rate then stays until the second stage, and decays to 0 by a cosine.
+        num_warmup_steps: of linear warm-up.
+        num_decay_steps: at the end, in which rates fall to 0 by a cosine.
         hidden_size: width; the network's other sizes follow.
         num_hidden_layers: blocks.
         num_vl_layers: top blocks with a vision-language expert.
@@ -65,25 +152,64 @@ class Recipe:
     """
 
     seed: int = 0
-    num_steps: int = 560
-    num_contrast_steps: int = 100
-    num_first_captions: int = 96
-    num_captions: int = 96
-    num_questions: int = 128
-    num_scene_questions: int = 8
-    num_statements: int = 32
+    stages: tuple[Stage, ...] = STAGES
     muon_learning_rate: float = 0.02
+    patch_learning_rate: float = 0.05
     learning_rate: float = 2e-3
     weight_decay: float = 0.05
     num_warmup_steps: int = 40
-    hidden_size: int = 128
-    num_hidden_layers: int = 3
-    num_vl_layers: int = 1
+    num_decay_steps: int = 230
+    hidden_size: int = 96
+    num_hidden_layers: int = 5
+    num_vl_layers: int = 2
     num_attention_heads: int = 4
     stem_patch_size: int = 4
     initializer_range: float = 0.06
     embedding_std: float = 0.5
     logit_scale: float = 40.0
+
+    @property
+    def num_steps(self) -> int:
+        """Optimiser steps of all stages."""
+        return sum(stage.num_steps for stage in self.stages)
+
+    def shortened(self, num_steps: int) -> Recipe:
+        """The same in so many steps: each stage, the warm-up and the decay in proportion."""
+        share = num_steps / self.num_steps
+        ends = [round(share * end) for end in accumulate(stage.num_steps for stage in self.stages)]
+        lengths = [end - start for start, end in pairwise((0, *ends))]
+        return dataclasses.replace(
+            self,
+            stages=tuple(
+                dataclasses.replace(stage, num_steps=n) for stage, n in zip(self.stages, lengths, strict=True)
+            ),
+            num_warmup_steps=round(share * self.num_warmup_steps),
+            num_decay_steps=round(share * self.num_decay_steps),
+        )
+
+    def settings(self) -> dict[str, Any]:
+        """All of it for the report, each stage as a line of what it has."""
+        values = {name: value for name, value in dataclasses.asdict(self).items() if name != "stages"}
+        for n, stage in enumerate(self.stages, start=1):
+            fields = [field for field in dataclasses.fields(stage) if getattr(stage, field.name) != field.default]
+            values[f"stage {n}"] = "; ".join(f"{field.name} {_listed(getattr(stage, field.name))}" for field in fields)
+        return values
+
+    def rates(self, step: int) -> tuple[float, float]:
+        """Factors on the peak learning rates of Muon and of AdamW at a step, counted from 0."""
+        done = 0
+        for stage in self.stages:
+            done += stage.num_steps
+            if step < done:
+                break
+        factor = min(1.0, (step + 1) / max(1, self.num_warmup_steps))
+        left = (self.num_steps - step) / max(1, self.num_decay_steps)
+        factor *= 0.5 * (1 - math.cos(math.pi * min(1.0, max(0.0, left))))
+        return stage.muon_rate * factor, stage.adamw_rate * factor
+
+
+def _listed(value: Any) -> str:
+    return ", ".join(value) if isinstance(value, tuple) else str(value)
 
 
 class DemoData:
@@ -93,6 +219,8 @@ class DemoData:
         world: the synthetic scenes.
         answers: what a question may be answered with, across both sources.
         easy_vqa: the third-party questions by split; loaded once.
+        object_ids: the tokens that name an object of the scenes, (K,) int64.
+        kinds: colour and shape of easy-VQA's training pictures, as `EasyVQA.kinds` has them.
     """
 
     def __init__(self) -> None:
@@ -103,6 +231,29 @@ class DemoData:
         words = sorted({*self.world.vocabulary(), *(word for text in set(train.questions) for word in tokenize(text))})
         self.tokenizer = BertTokenizer(vocab={word: n for n, word in enumerate((*SPECIAL_TOKENS, *words))})
         self._answer_ids = {answer: n for n, answer in enumerate(self.answers)}
+        self.object_ids = torch.tensor(self.tokenizer.convert_tokens_to_ids(list(self.world.sprites.names)))
+        self.kinds = train.kinds
+        self._of_known_kind = np.flatnonzero(self.kinds >= 0)
+        by_question: dict[str, dict[str, list[int]]] = {}
+        for n, (question, answer) in enumerate(zip(train.questions, train.answers, strict=True)):
+            by_question.setdefault(question, {}).setdefault(answer, []).append(n)
+        self._by_question = [[*by_answer.values()] for by_answer in by_question.values()]
+        self._is_negated = np.array([not {"no", "not"}.isdisjoint(tokenize(question)) for question in by_question])
+
+    def draw_pictures(self, stage: Stage, rng: np.random.Generator) -> npt.NDArray[np.int64]:
+        """Which of easy-VQA's training pictures a step sorts, of those whose colour and shape the answers tell."""
+        return rng.choice(self._of_known_kind, stage.num_kinds)
+
+    def draw_questions(self, stage: Stage, rng: np.random.Generator) -> list[int]:
+        """Which of easy-VQA's training questions a step asks."""
+        if not stage.even_answers:
+            return rng.integers(0, len(self.easy_vqa["train"].questions), stage.num_questions).tolist()
+        share = np.where(self._is_negated, stage.negated, 1.0)
+        chosen = []
+        for n in rng.choice(len(share), stage.num_questions, p=share / share.sum()):
+            by_answer = self._by_question[n]
+            chosen.append(int(rng.choice(by_answer[rng.integers(0, len(by_answer))])))
+        return chosen
 
     def encode_texts(self, texts: Sequence[str]) -> dict[str, Tensor]:
         """`input_ids` and `attention_mask` (B, T), padded to the longest of these texts."""
@@ -114,89 +265,140 @@ class DemoData:
         return torch.tensor([self._answer_ids[answer] for answer in answers])
 
 
+# Of the scenes' backgrounds and easy-VQA's alike: patches of background come to about 0, and what is drawn stands out.
+PIXEL_MEAN, PIXEL_STD = 0.88, 0.25
+
+
 def encode_images(images: npt.NDArray[np.uint8]) -> Tensor:
-    """(..., H, W, 3) uint8 -> (..., 3, H, W) float32 with mean and deviation 0.5, as the released recipe has it."""
-    return torch.from_numpy(images).movedim(-1, -3).float().div_(127.5).sub_(1)
+    """(..., H, W, 3) uint8 -> (..., 3, H, W) float32, centred on a pale background."""
+    return torch.from_numpy(images).movedim(-1, -3).float().div_(255).sub_(PIXEL_MEAN).div_(PIXEL_STD)
 
 
 class StepBatches(IterableDataset[dict[str, Tensor]]):
-    """One training step's inputs an item, without end: the keyword arguments of `DemoNetwork.forward`."""
+    """One training step's inputs an item, stage after stage: the keyword arguments of `DemoNetwork.forward`."""
 
     def __init__(self, data: DemoData, recipe: Recipe) -> None:
         self.data, self.recipe = data, recipe
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        data, recipe, world = self.data, self.recipe, self.data.world
-        easy_vqa = data.easy_vqa["train"]
-        rng = np.random.Generator(np.random.PCG64(recipe.seed))
-        statement_types = (*STATEMENT_TYPES, *ONE_IMAGE_STATEMENT_TYPES)
-        for _ in range(recipe.num_contrast_steps):
-            yield self._encode_captions(world.captions("train", recipe.num_first_captions, rng=rng))
-        while True:
-            captions = world.captions("train", recipe.num_captions, rng=rng)
-            asked = rng.integers(0, len(easy_vqa.questions), recipe.num_questions)
-            scenes = world.questions("train", recipe.num_scene_questions, rng=rng)
-            statements = world.statements("train", recipe.num_statements, rng=rng, types=statement_types)
-            questions = [easy_vqa.questions[n] for n in asked] + scenes.questions
-            pictures = [easy_vqa.images[easy_vqa.image_index[asked]], scenes.images[scenes.image_index]]
-            answers = [easy_vqa.answers[n] for n in asked] + scenes.answers
-            batch = self._encode_captions(captions)
-            batch |= {f"question_{name}": ids for name, ids in data.encode_texts(questions).items()}
-            batch["question_pixel_values"] = encode_images(np.concatenate(pictures))
-            batch["question_labels"] = data.encode_answers(answers)
-            batch |= {f"statement_{name}": ids for name, ids in data.encode_texts(statements.statements).items()}
-            batch["statement_pixel_values"] = encode_images(statements.images[statements.image_index])
-            batch["statement_labels"] = torch.from_numpy(statements.labels).long()
-            yield batch
+        rng = np.random.Generator(np.random.PCG64(self.recipe.seed))
+        for stage in self.recipe.stages:
+            for _ in range(stage.num_steps):
+                yield self._batch(stage, rng)
 
-    def _encode_captions(self, captions: Captions) -> dict[str, Tensor]:
-        texts = self.data.encode_texts(captions.captions)
-        pixel_values = encode_images(captions.images)
-        return {"caption_pixel_values": pixel_values, **{f"caption_{name}": ids for name, ids in texts.items()}}
+    def _batch(self, stage: Stage, rng: np.random.Generator) -> dict[str, Tensor]:
+        data, world, easy_vqa = self.data, self.data.world, self.data.easy_vqa["train"]
+        batch: dict[str, Tensor] = {}
+        if stage.num_captions:
+            captions = world.captions("train", stage.num_captions, rng=rng)
+            batch |= self._encode("caption", captions.captions, captions.images)
+        if stage.num_masked:
+            captions = world.captions("train", stage.num_masked, rng=rng, hard_fraction=0)
+            batch |= self._encode("masked", captions.captions, captions.images)
+            batch |= self._mask(batch["masked_input_ids"], rng)
+        if stage.num_kinds:
+            shown = data.draw_pictures(stage, rng)
+            batch["kind_pixel_values"] = encode_images(easy_vqa.images[shown])
+            batch["kind_labels"] = torch.from_numpy(data.kinds[shown])
+        asked: list[tuple[list[str], npt.NDArray[np.uint8], list[str]]] = []  # questions, pictures, answers
+        if stage.num_questions:
+            chosen = data.draw_questions(stage, rng)
+            pictures = easy_vqa.images[easy_vqa.image_index[chosen]]
+            asked.append(([easy_vqa.questions[n] for n in chosen], pictures, [easy_vqa.answers[n] for n in chosen]))
+        about_scenes = []
+        if stage.num_presence:
+            scenes = world.captions("train", stage.num_presence // 2, rng=rng, hard_fraction=0)
+            about_scenes.append(world.presence_questions(scenes, rng=rng))
+        if stage.num_scene_questions:
+            about_scenes.append(world.questions("train", stage.num_scene_questions, rng=rng))
+        asked += [(part.questions, part.images[part.image_index], part.answers) for part in about_scenes]
+        if asked:
+            questions, images, answers = zip(*asked, strict=True)
+            batch |= self._encode("question", [*chain(*questions)], np.concatenate(images))
+            batch["question_labels"] = data.encode_answers([*chain(*answers)])
+        if stage.num_statements:
+            told = world.statements("train", stage.num_statements, rng=rng, types=stage.statement_types)
+            is_negated = np.arange(stage.num_statements) % 8 >= 4  # the second wording of each block
+            kept = np.flatnonzero(~is_negated | (rng.random(stage.num_statements) < stage.negated))
+            pictures = told.images[told.image_index[kept]]
+            batch |= self._encode("statement", [told.statements[n] for n in kept], pictures)
+            batch["statement_labels"] = torch.from_numpy(told.labels[kept]).long()
+        return batch
+
+    def _encode(self, task: str, texts: Sequence[str], images: npt.NDArray[np.uint8]) -> dict[str, Tensor]:
+        tokens = self.data.encode_texts(texts)
+        return {f"{task}_pixel_values": encode_images(images), **{f"{task}_{name}": x for name, x in tokens.items()}}
+
+    def _mask(self, input_ids: Tensor, rng: np.random.Generator) -> dict[str, Tensor]:
+        """Hide one object's name of each caption."""
+        scores = torch.from_numpy(rng.random(input_ids.shape))
+        hidden = scores.masked_fill(~torch.isin(input_ids, self.data.object_ids), -1).argmax(dim=1, keepdim=True)
+        is_hidden = torch.zeros_like(input_ids, dtype=torch.bool).scatter_(1, hidden, True)
+        return {
+            "masked_input_ids": input_ids.masked_fill(is_hidden, self.data.tokenizer.mask_token_id),
+            "masked_labels": input_ids.masked_fill(~is_hidden, IGNORE_INDEX),
+        }
 
 
 @dataclass
 class DemoOutput(ModelOutput):
-    """Losses of one step: their sum, and each objective's, 0-d."""
+    """Losses of one step: their sum, and that of each objective which the step has, 0-d."""
 
     loss: Tensor | None = None
     contrast: Tensor | None = None
+    masked_words: Tensor | None = None
+    kinds: Tensor | None = None
     answers: Tensor | None = None
     statements: Tensor | None = None
 
 
 class DemoNetwork(nn.Module):
-    """Three task heads on one backbone.
+    """Five task heads on one backbone.
 
     Attributes:
         retrieval: dual encoder.
+        naming: fusion encoder, masked words.
+        sorting: image encoder, colour and shape of easy-VQA's pictures.
         answering: fusion encoder, one answer of many.
         judging: fusion encoder of two pictures and a statement, true or false.
     """
 
     def __init__(self, config: VLMoConfig) -> None:
         super().__init__()
+
+        def with_labels(num_labels: int) -> VLMoConfig:
+            other = copy.deepcopy(config)
+            other.num_labels = num_labels
+            return other
+
         self.retrieval = VLMoForImageTextRetrieval(config)
+        self.naming = VLMoForMaskedLM(config)
+        self.sorting = VLMoForImageClassification(with_labels(len(COLOURS) * len(SHAPES)))
         self.answering = VLMoForQuestionAnswering(config)
-        true_or_false = copy.deepcopy(config)
-        true_or_false.num_labels = 2
-        self.judging = VLMoForImagesAndTextClassification(true_or_false)
-        self.answering.backbone = self.judging.backbone = self.retrieval.backbone
+        self.judging = VLMoForImagesAndTextClassification(with_labels(2))
+        for head in (self.naming, self.sorting, self.answering, self.judging):
+            head.backbone = self.retrieval.backbone
 
     def forward(self, **inputs: Tensor) -> DemoOutput:
         """The losses of one step on an item of `StepBatches`."""
-
-        def inputs_of(task: str) -> dict[str, Tensor]:
-            return {name.removeprefix(f"{task}_"): x for name, x in inputs.items() if name.startswith(f"{task}_")}
-
-        contrast = self.retrieval(**inputs_of("caption"), return_loss=True).loss
-        if "question_labels" not in inputs:
-            return DemoOutput(loss=contrast, contrast=contrast)
-        questions = inputs_of("question")
-        labels = questions.pop("labels")  # one true answer each, so cross-entropy in place of VQAv2's soft scores
-        answers = nn.functional.cross_entropy(self.answering(**questions).logits, labels)
-        statements = self.judging(**inputs_of("statement")).loss
-        return DemoOutput(contrast + answers + statements, contrast, answers, statements)
+        tasks: dict[str, dict[str, Tensor]] = {}
+        for name, x in inputs.items():
+            task, _, argument = name.partition("_")
+            tasks.setdefault(task, {})[argument] = x
+        losses: dict[str, Tensor] = {}
+        if "caption" in tasks:
+            losses["contrast"] = self.retrieval(**tasks["caption"], return_loss=True).loss
+        if "masked" in tasks:
+            losses["masked_words"] = self.naming(**tasks["masked"]).loss
+        if "kind" in tasks:
+            losses["kinds"] = self.sorting(**tasks["kind"]).loss
+        if "question" in tasks:
+            questions = tasks["question"]
+            labels = questions.pop("labels")  # one true answer each, so cross-entropy in place of VQAv2's soft scores
+            losses["answers"] = nn.functional.cross_entropy(self.answering(**questions).logits, labels)
+        if "statement" in tasks:
+            losses["statements"] = self.judging(**tasks["statement"]).loss
+        return DemoOutput(loss=torch.stack([*losses.values()]).sum(), **losses)
 
 
 def make_network(recipe: Recipe, data: DemoData) -> DemoNetwork:
@@ -232,29 +434,32 @@ def make_network(recipe: Recipe, data: DemoData) -> DemoNetwork:
 
 
 class MuonAdamW(torch.optim.Optimizer):
-    """Muon for the matrices of the blocks, AdamW for everything else, as one optimiser.
+    """Muon for the matrices of the blocks and the projections of the patches, AdamW for the rest, as one optimiser.
 
     Orthogonalised updates (Muon) reach in 400 steps what AdamW alone does not (docs/log.md).
     """
 
     def __init__(self, network: nn.Module, recipe: Recipe) -> None:
         named = {name: p for name, p in network.named_parameters() if p.requires_grad}
-        matrices = {name for name, p in named.items() if ".blocks." in name and p.ndim == 2}
-        others = [p for name, p in named.items() if name not in matrices]
+        matrices = [p for name, p in sorted(named.items()) if ".blocks." in name and p.ndim == 2]
+        filters = [p for _, p in sorted(named.items()) if p.ndim == 4]
+        others = [p for p in named.values() if not any(p is other for other in (*matrices, *filters))]
+        self._filters = [(p, nn.Parameter(p.detach().flatten(1))) for p in filters]  # Muon takes matrices alone
+        muon_groups = [
+            {"params": matrices, "lr": recipe.muon_learning_rate},
+            {"params": [flat for _, flat in self._filters], "lr": recipe.patch_learning_rate},
+        ]
         adamw_groups = [
             {"params": [p for p in others if p.ndim >= 2], "weight_decay": recipe.weight_decay},
             {"params": [p for p in others if p.ndim < 2], "weight_decay": 0.0},
         ]
         self.optimizers: tuple[torch.optim.Optimizer, ...] = (
-            torch.optim.Muon(
-                [named[name] for name in sorted(matrices)],
-                lr=recipe.muon_learning_rate,
-                momentum=0.95,
-                weight_decay=recipe.weight_decay,
-            ),
+            torch.optim.Muon(muon_groups, momentum=0.95, weight_decay=recipe.weight_decay),
             torch.optim.AdamW(adamw_groups, lr=recipe.learning_rate, betas=(0.9, 0.98)),
         )
-        super().__init__([dict(group) for group in self._own_groups()], {})
+        groups = [dict(group) for group in self._own_groups()]
+        groups[1]["params"] = filters
+        super().__init__(groups, {})
 
     def _own_groups(self) -> list[dict[str, Any]]:
         return [group for optimizer in self.optimizers for group in optimizer.param_groups]
@@ -264,6 +469,9 @@ class MuonAdamW(torch.optim.Optimizer):
         """One step of both, at the learning rates that a scheduler set here."""
         for own, scheduled in zip(self._own_groups(), self.param_groups, strict=True):
             own["lr"] = scheduled["lr"]
+        for filters, flat in self._filters:
+            flat.data = filters.detach().flatten(1)  # of the same memory, also after a move to another device
+            flat.grad = None if filters.grad is None else filters.grad.flatten(1)
         for optimizer in self.optimizers:
             optimizer.step()
 
@@ -307,12 +515,13 @@ def train(recipe: Recipe, data: DemoData, output_dir: Path) -> tuple[DemoNetwork
     network = make_network(recipe, data)
     optimizer = MuonAdamW(network, recipe)
 
-    def schedule(step: int) -> float:
-        if step < recipe.num_warmup_steps:
-            return (step + 1) / recipe.num_warmup_steps
-        done = (step - recipe.num_contrast_steps) / max(1, recipe.num_steps - recipe.num_contrast_steps)
-        return 0.5 * (1 + math.cos(math.pi * min(1.0, max(0.0, done))))
+    def muon_schedule(step: int) -> float:
+        return recipe.rates(step)[0]
 
+    def adamw_schedule(step: int) -> float:
+        return recipe.rates(step)[1]
+
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, [*2 * [muon_schedule], *2 * [adamw_schedule]])
     arguments = TrainingArguments(
         output_dir=str(output_dir),
         max_steps=recipe.num_steps,
@@ -330,11 +539,9 @@ def train(recipe: Recipe, data: DemoData, output_dir: Path) -> tuple[DemoNetwork
         args=arguments,
         train_dataset=StepBatches(data, recipe),
         data_collator=lambda items: items[0],
-        optimizers=(optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)),
+        optimizers=(optimizer, schedule),
     )
     trainer.train()
     kept = ("step", "learning_rate", *(field.name for field in dataclasses.fields(DemoOutput)))
-    history = [
-        {name: row[name] for name in kept if name in row} for row in trainer.state.log_history if "contrast" in row
-    ]
+    history = [{name: row[name] for name in kept if name in row} for row in trainer.state.log_history if "loss" in row]
     return network.eval(), history
