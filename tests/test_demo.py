@@ -124,7 +124,7 @@ def test_settings_are_told_in_words():
     assert settings["hidden_size"] == 32
     assert settings["stage 1"] == "num_steps 2; num_captions 8; num_masked 4; num_kinds 4"
     assert settings["stage 3"].endswith("; num_statements 16")
-    assert Recipe().settings()["stage 3"].endswith("; statement_types arrangement")
+    assert Recipe().settings()["stage 4"].endswith("; statement_types arrangement")
     assert "stages" not in settings
 
 

@@ -79,32 +79,31 @@ class Stage:
 
 STAGES = (
     # What the two encoders see and read, each by itself and word by word.
-    Stage(180, num_captions=96, num_masked=48, num_kinds=32),
+    Stage(190, num_captions=96, num_masked=48, num_kinds=32),
+    # The same slowly: so the encoders agree on which object is where.
+    Stage(80, muon_rate=0.25, num_captions=96, num_masked=48, num_kinds=32),
     # What two pictures have in common; then the same turned around.
     Stage(
-        120,
+        100,
         muon_rate=0.2,
-        adamw_rate=2.0,
+        num_questions=32,
+        even_answers=True,
         num_statements=64,
         statement_types=("left arrangement", "right arrangement", "arrangement", "arrangement"),
         negated=0.05,
     ),
-    Stage(70, muon_rate=0.2, adamw_rate=2.0, num_statements=64, statement_types=("arrangement",)),
-    # The first stage once more, slowly: so the encoders agree on which object is where.
     Stage(
-        100,
-        muon_rate=0.25,
-        num_captions=96,
-        num_masked=48,
-        num_kinds=32,
-        num_questions=24,
+        50,
+        muon_rate=0.2,
+        adamw_rate=2.0,
+        num_questions=32,
         even_answers=True,
-        num_statements=16,
+        num_statements=64,
         statement_types=("arrangement",),
     ),
     # Questions whose answers turn on the picture.
     Stage(
-        110,
+        120,
         muon_rate=0.15,
         num_captions=48,
         num_questions=96,
@@ -116,10 +115,10 @@ STAGES = (
     ),
     # Everything as it comes.
     Stage(
-        230,
+        250,
         muon_rate=0.15,
         num_captions=48,
-        num_questions=112,
+        num_questions=96,
         num_scene_questions=8,
         num_statements=24,
         statement_types=("arrangement", "arrangement", "presence"),
@@ -158,7 +157,7 @@ class Recipe:
     learning_rate: float = 2e-3
     weight_decay: float = 0.05
     num_warmup_steps: int = 40
-    num_decay_steps: int = 230
+    num_decay_steps: int = 250
     hidden_size: int = 96
     num_hidden_layers: int = 5
     num_vl_layers: int = 2
