@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import sys
 
 import numpy as np
 import pytest
@@ -11,7 +12,16 @@ import torch
 import vlmo_fast
 from vlmo_fast import demo
 from vlmo_fast.data.scenes import ONE_IMAGE_STATEMENT_TYPES, STATEMENT_TYPES
-from vlmo_fast.demo.recipe import DemoData, MuonAdamW, Recipe, Stage, StepBatches, make_network
+from vlmo_fast.demo.recipe import (
+    DemoData,
+    MuonAdamW,
+    Recipe,
+    Stage,
+    StepBatches,
+    halves,
+    make_network,
+    two_threads,
+)
 from vlmo_fast.losses import IGNORE_INDEX
 
 TINY = Recipe(
@@ -23,7 +33,6 @@ TINY = Recipe(
             adamw_rate=2.0,
             num_questions=8,
             even_answers=True,
-            num_presence=4,
             num_statements=16,
             negated=0.0,
         ),
@@ -60,7 +69,7 @@ def test_batches_are_those_of_the_recipe(data):
     assert tasks[6:] == [["caption", "question", "statement"]] * 6
     first, second, last = batches[0], batches[2], batches[-1]
     assert first["caption_pixel_values"].shape == (8, 3, 64, 64)
-    assert second["question_pixel_values"].shape == (12, 3, 64, 64)
+    assert second["question_pixel_values"].shape == (8, 3, 64, 64)
     assert second["statement_pixel_values"].shape == (8, 2, 3, 64, 64)  # those of the first wording
     assert last["question_pixel_values"].shape == (12, 3, 64, 64)
     assert last["statement_pixel_values"].shape == (16, 2, 3, 64, 64)
@@ -148,6 +157,64 @@ def test_every_word_is_known(data):
     ids = data.encode_texts(texts)["input_ids"]
     assert not (ids == data.tokenizer.unk_token_id).any()
     assert ids.shape[1] <= make_network(TINY, data).retrieval.config.max_text_length
+
+
+@pytest.mark.parametrize("step", [0, 2, 6])
+def test_halves_hold_each_row_once(data, step):
+    """About as many pictures in each, all captions together, shares that are those of the rows."""
+    batch = list(StepBatches(data, TINY))[step]
+    parts = halves(batch)
+    assert len(parts) == 2
+    for name, x in batch.items():
+        pieces = [part.inputs[name] for part in parts if name in part.inputs]
+        assert torch.equal(torch.cat(pieces), x)
+        assert len(pieces) == 1 or not name.startswith("caption")
+    totals = {}
+    for part in parts:
+        for name, share in part.shares.items():
+            totals[name] = totals.get(name, 0) + share
+    assert totals == {name: pytest.approx(1) for name in totals}
+    pictures = [sum(x.shape[:-3].numel() for name, x in part.inputs.items() if "pixel" in name) for part in parts]
+    assert abs(pictures[0] - pictures[1]) <= 2
+
+
+def test_halves_learn_what_the_whole_step_does(data):
+    """The shares of the halves' losses have the sum, and the gradient, of the whole step's loss."""
+    network = make_network(TINY, data).double()
+    for batch in list(StepBatches(data, TINY))[::3]:
+        batch = {name: x.double() if x.is_floating_point() else x for name, x in batch.items()}
+        whole = network(**batch)
+        parameters = [p for p in network.parameters() if p.requires_grad]
+        expected = torch.autograd.grad(whole.loss, parameters, allow_unused=True, materialize_grads=True)
+        loss = 0
+        for part in halves(batch):
+            output = network(**part.inputs)
+            loss = loss + sum(share * output[name] for name, share in part.shares.items())
+        torch.testing.assert_close(loss, whole.loss)
+        found = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
+        torch.testing.assert_close(found, expected)
+
+
+def test_a_step_of_captions_alone_stays_whole(data):
+    batch = next(iter(StepBatches(data, Recipe(stages=(Stage(1, num_captions=8),)))))
+    (part,) = halves(batch)
+    assert part.inputs.keys() == batch.keys()
+    assert part.shares == {"contrast": 1}
+
+
+def test_two_threads_leave_settings_as_they_were():
+    """Torch's threads and Python's switch interval, also after an error."""
+    before = torch.get_num_threads(), sys.getswitchinterval()
+
+    def fail() -> None:
+        with two_threads() as threads:
+            assert list(threads.map(abs, [-1, 2])) == [1, 2]
+            assert torch.get_num_threads() == max(1, before[0] // 2)
+            raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        fail()
+    assert (torch.get_num_threads(), sys.getswitchinterval()) == before
 
 
 def test_each_parameter_has_one_optimiser(data):

@@ -426,32 +426,6 @@ class SceneWorld:
             types=[kind for kind in kinds for _ in range(4)],
         )
 
-    def presence_questions(self, scenes: Scenes, *, rng: np.random.Generator | int) -> Questions:
-        """Two questions about each of these scenes: "is there a boar ?" of an object that it shows, and of another.
-
-        Args:
-            scenes: M of them, of any split.
-            rng: a generator or a seed.
-
-        Returns:
-            2 M questions, of the same scenes; the answers are "yes" and "no" in turn.
-        """
-        rng = _generator(rng)
-        num_scenes, num_shown = scenes.objects.shape
-        scores = rng.random((num_scenes, len(self.sprites.names)))
-        np.put_along_axis(scores, scenes.objects, -1.0, axis=1)
-        shown = scenes.objects[np.arange(num_scenes), rng.integers(0, num_shown, num_scenes)]
-        asked = np.stack([shown, scores.argmax(axis=1)], axis=1).ravel()  # (2 M,)
-        return Questions(
-            images=scenes.images,
-            objects=scenes.objects,
-            boxes=scenes.boxes,
-            image_index=np.arange(2 * num_scenes) // 2,
-            questions=[self._fill(_QUESTIONS["presence"], x) for x in asked.tolist()],
-            answers=["yes", "no"] * num_scenes,
-            types=["presence"] * (2 * num_scenes),
-        )
-
     def statements(
         self,
         split: Split,

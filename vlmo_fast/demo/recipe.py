@@ -9,11 +9,14 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
+import sys
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate, chain, pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -54,7 +57,6 @@ class Stage:
         num_kinds: pictures of easy-VQA to classify by colour and shape, without a text.
         num_questions: questions of easy-VQA.
         even_answers: draw them so that all questions, and of each question all answers, are equally frequent.
-        num_presence: questions whether an object is in a captioned scene; a multiple of 2.
         num_scene_questions: questions about scenes of four objects; a multiple of 4.
         num_statements: statements about two scenes; a multiple of 8.
         statement_types: their types, in turn.
@@ -70,7 +72,6 @@ class Stage:
     num_kinds: int = 0
     num_questions: int = 0
     even_answers: bool = False
-    num_presence: int = 0
     num_scene_questions: int = 0
     num_statements: int = 0
     statement_types: tuple[str, ...] = STATEMENT_TYPES
@@ -81,7 +82,7 @@ STAGES = (
     # What the two encoders see and read, each by itself and word by word.
     Stage(190, num_captions=96, num_masked=48, num_kinds=32),
     # The same slowly: so the encoders agree on which object is where.
-    Stage(80, muon_rate=0.25, num_captions=96, num_masked=48, num_kinds=32),
+    Stage(120, muon_rate=0.25, num_captions=96, num_masked=48, num_kinds=32),
     # What two pictures have in common; then the same turned around.
     Stage(
         100,
@@ -92,34 +93,25 @@ STAGES = (
         statement_types=("left arrangement", "right arrangement", "arrangement", "arrangement"),
         negated=0.05,
     ),
-    Stage(
-        50,
-        muon_rate=0.2,
-        adamw_rate=2.0,
-        num_questions=32,
-        even_answers=True,
-        num_statements=64,
-        statement_types=("arrangement",),
-    ),
+    Stage(90, muon_rate=0.2, adamw_rate=2.0, num_statements=64, statement_types=("arrangement",)),
     # Questions whose answers turn on the picture.
     Stage(
-        120,
-        muon_rate=0.15,
-        num_captions=48,
+        200,
+        muon_rate=0.3,
+        num_captions=64,
         num_questions=96,
         even_answers=True,
-        num_presence=16,
         num_statements=16,
         statement_types=("arrangement",),
-        negated=0.15,
+        negated=0.1,
     ),
     # Everything as it comes.
     Stage(
-        250,
-        muon_rate=0.15,
-        num_captions=48,
-        num_questions=96,
-        num_scene_questions=8,
+        330,
+        muon_rate=0.25,
+        num_captions=96,
+        num_questions=104,
+        num_scene_questions=4,
         num_statements=24,
         statement_types=("arrangement", "arrangement", "presence"),
     ),
@@ -304,13 +296,9 @@ class StepBatches(IterableDataset[dict[str, Tensor]]):
             chosen = data.draw_questions(stage, rng)
             pictures = easy_vqa.images[easy_vqa.image_index[chosen]]
             asked.append(([easy_vqa.questions[n] for n in chosen], pictures, [easy_vqa.answers[n] for n in chosen]))
-        about_scenes = []
-        if stage.num_presence:
-            scenes = world.captions("train", stage.num_presence // 2, rng=rng, hard_fraction=0)
-            about_scenes.append(world.presence_questions(scenes, rng=rng))
         if stage.num_scene_questions:
-            about_scenes.append(world.questions("train", stage.num_scene_questions, rng=rng))
-        asked += [(part.questions, part.images[part.image_index], part.answers) for part in about_scenes]
+            about = world.questions("train", stage.num_scene_questions, rng=rng)
+            asked.append((about.questions, about.images[about.image_index], about.answers))
         if asked:
             questions, images, answers = zip(*asked, strict=True)
             batch |= self._encode("question", [*chain(*questions)], np.concatenate(images))
@@ -349,6 +337,15 @@ class DemoOutput(ModelOutput):
     kinds: Tensor | None = None
     answers: Tensor | None = None
     statements: Tensor | None = None
+
+
+OBJECTIVES = {  # of the inputs whose names begin so
+    "caption": "contrast",
+    "masked": "masked_words",
+    "kind": "kinds",
+    "question": "answers",
+    "statement": "statements",
+}
 
 
 class DemoNetwork(nn.Module):
@@ -475,22 +472,88 @@ class MuonAdamW(torch.optim.Optimizer):
             optimizer.step()
 
 
-class DemoTrainer(Trainer):
-    """`Trainer` that logs the loss of each objective beside their sum."""
+class StepPart(NamedTuple):
+    """A part of one step's inputs.
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    Attributes:
+        inputs: keyword arguments of `DemoNetwork.forward`.
+        shares: of each objective that is in it, the share of its rows.
+    """
+
+    inputs: dict[str, Tensor]
+    shares: dict[str, float]
+
+
+def halves(inputs: dict[str, Tensor]) -> list[StepPart]:
+    """A step's inputs in two parts of about as many pictures; one part where they cannot be divided.
+
+    The contrast compares all captions with each other, so it comes first and stays whole; the rows of whatever lies
+    across the middle are divided.
+    """
+    tasks: dict[str, dict[str, Tensor]] = {}
+    for name, x in inputs.items():
+        tasks.setdefault(name.partition("_")[0], {})[name] = x
+    pictures = {task: tensors[f"{task}_pixel_values"].shape[:-3].numel() for task, tensors in tasks.items()}
+    left = sum(pictures.values()) / 2  # pictures that the first part still wants
+    parts = StepPart({}, {}), StepPart({}, {})
+    for task, tensors in sorted(tasks.items(), key=lambda item: item[0] != "caption"):
+        rows = len(tensors[f"{task}_pixel_values"])
+        cut = round(rows * min(1.0, max(0.0, left / pictures[task])))
+        if task == "caption":
+            cut = rows
+        for part, chosen in zip(parts, (slice(cut), slice(cut, rows)), strict=True):
+            share = len(range(rows)[chosen]) / rows
+            if share:
+                part.inputs.update({name: x[chosen] for name, x in tensors.items()})
+                part.shares[OBJECTIVES[task]] = share
+        left -= pictures[task]
+    return [part for part in parts if part.inputs]
+
+
+@contextmanager
+def two_threads() -> Iterator[Executor]:
+    """Two threads that share torch's cores, for the two halves of a step.
+
+    The demo's matrices are so small that a second core in each of them saves a tenth, and beside each other nearly half
+    (docs/log.md). That takes threads that give way to each other at once: Python lets them wait for 5 ms.
+    """
+    num_cores, interval = torch.get_num_threads(), sys.getswitchinterval()
+    torch.set_num_threads(max(1, num_cores // 2))
+    sys.setswitchinterval(2e-5)
+    try:
+        with ThreadPoolExecutor(2) as threads:
+            yield threads
+    finally:
+        sys.setswitchinterval(interval)
+        torch.set_num_threads(num_cores)
+
+
+class DemoTrainer(Trainer):
+    """`Trainer` that computes the halves of a step beside each other, and logs the loss of each objective."""
+
+    def __init__(self, *args: Any, threads: Executor, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self._threads = threads
         self._sums: dict[str, tuple[float, int]] = {}
 
-    def compute_loss(
-        self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, **kwargs: Any
-    ) -> Any:
-        """The sum of the objectives, each kept for the log."""
-        output: DemoOutput = model(**inputs)
-        for name, value in output.items():
+    def training_step(self, model: nn.Module, inputs: dict[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
+        """Gradients of the sum of the objectives; those of two halves add up in either order to the same bits."""
+        model.train()
+        step: dict[str, Tensor] = {}
+
+        def learn(part: StepPart) -> dict[str, Tensor]:
+            output = model(**part.inputs)
+            losses = {name: share * output[name] for name, share in part.shares.items()}
+            self.accelerator.backward(torch.stack([*losses.values()]).sum())
+            return {name: loss.detach() for name, loss in losses.items()}
+
+        for losses in self._threads.map(learn, halves(self._prepare_inputs(inputs))):
+            for name, loss in losses.items():
+                step[name] = step[name] + loss if name in step else loss
+        for name, loss in step.items():
             total, count = self._sums.get(name, (0.0, 0))
-            self._sums[name] = (total + float(value.detach()), count + 1)
-        return (output.loss, output) if return_outputs else output.loss
+            self._sums[name] = (total + float(loss), count + 1)
+        return torch.stack([*step.values()]).sum()
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Add the mean of each objective since the last log."""
@@ -533,14 +596,16 @@ def train(recipe: Recipe, data: DemoData, output_dir: Path) -> tuple[DemoNetwork
         dataloader_pin_memory=torch.cuda.is_available(),
         seed=recipe.seed,
     )
-    trainer = DemoTrainer(
-        model=network,
-        args=arguments,
-        train_dataset=StepBatches(data, recipe),
-        data_collator=lambda items: items[0],
-        optimizers=(optimizer, schedule),
-    )
-    trainer.train()
+    with two_threads() as threads:
+        trainer = DemoTrainer(
+            model=network,
+            args=arguments,
+            train_dataset=StepBatches(data, recipe),
+            data_collator=lambda items: items[0],
+            optimizers=(optimizer, schedule),
+            threads=threads,
+        )
+        trainer.train()
     kept = ("step", "learning_rate", *(field.name for field in dataclasses.fields(DemoOutput)))
     history = [{name: row[name] for name in kept if name in row} for row in trainer.state.log_history if "loss" in row]
     return network.eval(), history
