@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from vlmo_fast import ops
 from vlmo_fast.kernels import ffn
-from vlmo_fast.ops import ExpertWeights, reference
+from vlmo_fast.ops import ExpertWeights, _ffn_torch, reference
 
 BACKENDS = ["torch", "triton"]  # the second on a GPU, or interpreted
 
@@ -148,6 +148,27 @@ def test_the_saved_activation_changes_nothing(backend):
     saved = problem.run_with_gradients(backend=backend, save_activation=True)
     for name, tensor in computed.items():
         torch.testing.assert_close(saved[name], tensor, rtol=0, atol=0, msg=name)
+
+
+@pytest.mark.usefixtures("nan_filled_empty")
+@pytest.mark.parametrize("save_activation", [False, True])
+@pytest.mark.parametrize("rows", [256, 257, 259, 260])
+def test_products_of_many_rows_in_whole_steps(monkeypatch, rows, save_activation):
+    """Zeros fill up what oneDNN multiplies, and none of them is seen outside, nor saved."""
+    multiplied = set()
+    linear = _ffn_torch._linear
+    monkeypatch.setattr(_ffn_torch, "_linear", lambda x, *rest: multiplied.add(len(x)) or linear(x, *rest))
+    problem = Problem((5, rows), dtype=torch.float32)
+    compare(problem, backend="torch", save_activation=save_activation)
+    whole = rows if not _ffn_torch._uses_onednn(problem.x) else {256: 256, 257: 260, 259: 260, 260: 260}[rows]
+    assert multiplied == {5, whole, 24, 56}  # of each expert and of its weights' gradients
+    columns = list(map(list, zip(*problem.experts, strict=True)))
+    rest = (problem.layer_scale, problem.row_scale, 1e-6, True, save_activation, "torch")
+    _, saved = torch.ops.vlmo_fast.mome_ffn(problem.x, problem.sizes, *columns, *rest)
+    assert {tensor.shape[0] for tensor in saved if tensor.shape[-1] == 56} == {5, rows}
+    with torch.no_grad():
+        exact, eager = problem.to(torch.float64).run(backend="eager"), problem.run(backend="eager")
+        tolerances.check("out", problem.run(backend="torch"), exact, eager)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

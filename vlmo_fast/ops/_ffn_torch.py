@@ -16,6 +16,7 @@ from torch.nn import functional as F
 __all__ = ["backward", "forward"]
 
 FEW_ROWS = 48  # of a batch, whose branch is kept: for few rows the passes over Q below cost more than they save
+MANY_ROWS, ROW_STEP = 256, 4  # of a product on a CPU: more rows than that are made a multiple of the step; see `_whole`
 
 
 def forward(
@@ -52,16 +53,17 @@ def forward(
     scale = None if layer_scale is None else layer_scale.to(x.dtype)
     for rows, expert in zip(_groups(group_sizes), experts, strict=True):
         normed, mean, rstd = _norm(x[rows], expert, eps)  # (n, D), (n, 1), (n, 1)
+        count, normed = len(normed), _whole(normed)  # n of (m, D), m >= n
         if save:
             statistics[0, rows], statistics[1, rows] = mean.flatten(), rstd.flatten()
-            z = _linear(normed, expert.fc1_weight, expert.fc1_bias)  # (n, F)
+            z = _linear(normed, expert.fc1_weight, expert.fc1_bias)  # (m, F)
             h = F.gelu(z)
-            saved_z.append(z)
+            saved_z.append(z[:count])
             if save_activation:
-                saved_h.append(h)
+                saved_h.append(h[:count])
         else:
             h = _linear_gelu(normed, expert.fc1_weight, expert.fc1_bias)
-        branch = _linear(h, expert.fc2_weight, expert.fc2_bias).to(x.dtype)  # (n, D)
+        branch = _linear(h, expert.fc2_weight, expert.fc2_bias)[:count].to(x.dtype)  # (n, D)
         for first in saved_branch:
             first[rows] = branch[: len(first[rows])]
         if row_scale is not None:
@@ -129,9 +131,10 @@ def backward(
                     q *= layer_scale.to(dtype)[:, None]
                     total *= layer_scale
             del activation
-        d_z = _linear(d_branch.to(dtype), expert.fc2_weight.t())  # (n, F), of h until the next line
+        padded = _linear(_whole(d_branch.to(dtype)), expert.fc2_weight.t())  # (m, F), of h until the line after next
+        d_z = padded[: len(g)]  # (n, F); the rows after them are zeros
         torch.ops.aten.gelu_backward.grad_input(d_z, z[index], grad_input=d_z)
-        d_normed = _linear(d_z, expert.fc1_weight.t()).to(x.dtype)  # (n, D)
+        d_normed = _linear(padded, expert.fc1_weight.t())[: len(g)].to(x.dtype)  # (n, D)
         part, norm_weight, norm_bias = x[rows], *_norm_parameters(x, expert)
         through_norm, d_norm_weight, d_norm_bias = torch.ops.aten.native_layer_norm_backward(
             *(d_normed, part, part.shape[1:]),
@@ -166,6 +169,16 @@ def _norm(part: Tensor, expert: Any, eps: float) -> tuple[Tensor, Tensor, Tensor
     weight, bias = _norm_parameters(part, expert)
     normed, mean, rstd = torch.native_layer_norm(part, part.shape[1:], weight, bias, eps)
     return normed.to(expert.fc1_weight.dtype), mean, rstd
+
+
+def _whole(x: Tensor) -> Tensor:
+    """The rows of a product with zeros after them, a few at most, so that oneDNN divides them into blocks that suit it.
+
+    Where blocks divide the number of rows it takes those: of 37 rows for 481 = 13 * 37, which make the product up to a
+    half slower than that of 484 rows (docs/log.md). Counts with such divisors are rare, but not known in advance.
+    """
+    missing = -len(x) % ROW_STEP
+    return F.pad(x, (0, 0, 0, missing)) if missing and len(x) > MANY_ROWS and _uses_onednn(x) else x
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
