@@ -124,7 +124,8 @@ class LayerBiases:
     Between images of different sizes, which no sequence joins, the bias is 0. All layers are gathered at once, but for
     sizes where that takes more than `ALL_LAYERS_BYTES` (large at 480 px: 1.4 GB): there each when it is asked for. They
     are gathered along the contiguous axis of the table's transpose, which a CPU does several times faster than an
-    embedding lookup and a permutation (docs/log.md).
+    embedding lookup and a permutation, and taken apart at once, so that the gradients of all layers are put together
+    once; an index for each layer would fill and add as many numbers as all layers have (docs/log.md).
     """
 
     def __init__(self, module: RelativePositionBias, num_text_tokens: int, window_sizes: tuple[int, ...]) -> None:
@@ -140,12 +141,14 @@ class LayerBiases:
         self.num_rows = num_text_tokens + sum(len(index) - num_text_tokens for _, index in self._sources)
         num_bytes = module.num_layers * module.num_heads * self.num_rows**2 * table.element_size()
         self.all_layers: Tensor | None = None
+        self._layers: tuple[Tensor, ...] = ()
         if num_bytes <= ALL_LAYERS_BYTES:
             self.all_layers = self._gather(0, module.num_layers)
+            self._layers = self.all_layers.unbind()
 
     def __getitem__(self, layer: int) -> Tensor:
         """(heads, R, R)."""
-        return self._gather(layer, layer + 1)[0] if self.all_layers is None else self.all_layers[layer]
+        return self._layers[layer] if self._layers else self._gather(layer, layer + 1)[0]
 
     def _gather(self, first_layer: int, end_layer: int) -> Tensor:
         """(layers, heads, R, R)."""
