@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from vlmo_fast import ops
 from vlmo_fast.kernels import ffn
 from vlmo_fast.ops import ExpertWeights, _ffn_torch, reference
+from vlmo_fast.ops._linear import uses_onednn
 
 BACKENDS = ["torch", "triton"]  # the second on a GPU, or interpreted
 
@@ -156,11 +157,11 @@ def test_the_saved_activation_changes_nothing(backend):
 def test_products_of_many_rows_in_whole_steps(monkeypatch, rows, save_activation):
     """Zeros fill up what oneDNN multiplies, and none of them is seen outside, nor saved."""
     multiplied = set()
-    linear = _ffn_torch._linear
-    monkeypatch.setattr(_ffn_torch, "_linear", lambda x, *rest: multiplied.add(len(x)) or linear(x, *rest))
+    product = _ffn_torch.product
+    monkeypatch.setattr(_ffn_torch, "product", lambda x, *rest: multiplied.add(len(x)) or product(x, *rest))
     problem = Problem((5, rows), dtype=torch.float32)
     compare(problem, backend="torch", save_activation=save_activation)
-    whole = rows if not _ffn_torch._uses_onednn(problem.x) else {256: 256, 257: 260, 259: 260, 260: 260}[rows]
+    whole = rows if not uses_onednn(problem.x) else {256: 256, 257: 260, 259: 260, 260: 260}[rows]
     assert multiplied == {5, whole, 24, 56}  # of each expert and of its weights' gradients
     columns = list(map(list, zip(*problem.experts, strict=True)))
     rest = (problem.layer_scale, problem.row_scale, 1e-6, True, save_activation, "torch")

@@ -29,6 +29,7 @@ from torch.utils.checkpoint import checkpoint
 
 from vlmo_fast import ops
 from vlmo_fast.config import MoMEConfig
+from vlmo_fast.ops._linear import linear
 from vlmo_fast.packing import Groups, LayerRows, PackedLayout, PaddedRows, pack
 from vlmo_fast.positions import LayerBiases, RelativePositionBias, resize_absolute_positions
 from vlmo_fast.serving import Captured
@@ -775,6 +776,16 @@ class MoMEBlock(nn.Module):
         return rows.per_row(keep.expand(-1, 2))
 
 
+def _is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether a call is what the class computes from the parameters: the module is not replaced, nor has it a hook."""
+    return (
+        type(module) is kind
+        and not module._forward_hooks
+        and not module._forward_pre_hooks
+        and ("forward" not in module.__dict__ or _function(module.__dict__["forward"]) is kind.forward)
+    )
+
+
 def _function(method: Any) -> Any:
     """The function of a bound method; None for any other callable."""
     return getattr(method, "__func__", None)
@@ -802,14 +813,17 @@ class Attention(nn.Module):
         """Attend within sequences, from the wanted rows to all: (N, D) -> (M, D)."""
         weight, no_bias = self.qkv.weight, torch.zeros_like(self.v_bias)  # keys have no bias
         if rows.keeps_all:
-            qkv = F.linear(x, weight, torch.cat([self.q_bias, no_bias, self.v_bias]))
+            qkv = linear(x, weight, torch.cat([self.q_bias, no_bias, self.v_bias]))
             query, key, value = qkv.unflatten(1, (3, self.num_heads, -1)).unbind(1)  # (N, heads, d) each
         else:
             width = len(no_bias)
-            query = F.linear(rows.keep(x), weight[:width], self.q_bias).unflatten(1, (self.num_heads, -1))
-            key_value = F.linear(x, weight[width:], torch.cat([no_bias, self.v_bias]))
+            query = linear(rows.keep(x), weight[:width], self.q_bias).unflatten(1, (self.num_heads, -1))
+            key_value = linear(x, weight[width:], torch.cat([no_bias, self.v_bias]))
             key, value = key_value.unflatten(1, (2, self.num_heads, -1)).unbind(1)
-        return self.dropout(self.projection(rows.attend(query, key, value, bias, self.backends).flatten(1)))
+        attended = rows.attend(query, key, value, bias, self.backends).flatten(1)
+        output = self.projection
+        plain = _is_plain(output, nn.Linear)
+        return self.dropout(linear(attended, output.weight, output.bias) if plain else output(attended))
 
 
 class Expert(nn.Module):
@@ -837,13 +851,7 @@ class Expert(nn.Module):
         if type(self.dropout) is not nn.Dropout or (self.training and self.dropout.p):
             return False
         kinds = ((self, Expert), (self.norm, nn.LayerNorm), (self.fc1, nn.Linear), (self.fc2, nn.Linear))
-        return all(
-            type(module) is kind
-            and not module._forward_hooks
-            and not module._forward_pre_hooks
-            and ("forward" not in module.__dict__ or _function(module.__dict__["forward"]) is kind.forward)
-            for module, kind in kinds
-        )
+        return all(_is_plain(module, kind) for module, kind in kinds)
 
     def weights(self) -> ops.ExpertWeights:
         """The parameters, as the op takes them."""

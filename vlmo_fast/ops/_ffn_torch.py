@@ -1,7 +1,7 @@
 """The modality experts on torch's own operators: each group's rows are views, each result goes where it belongs.
 
-Nothing is concatenated, sliced into copies or stacked. On a CPU the products are oneDNN's where it takes the dtype:
-they beat those of `torch.mm` there, and bias and GELU come with them for nothing (docs/log.md).
+Nothing is concatenated, sliced into copies or stacked. Where the products are oneDNN's (`_linear.py`), bias and GELU
+come with them for nothing.
 """
 
 from __future__ import annotations
@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from vlmo_fast.ops._linear import product, product_gelu, whole
+
 __all__ = ["backward", "forward"]
 
 FEW_ROWS = 48  # of a batch, whose branch is kept: for few rows the passes over Q below cost more than they save
-MANY_ROWS, ROW_STEP = 256, 4  # of a product on a CPU: more rows than that are made a multiple of the step; see `_whole`
 
 
 def forward(
@@ -53,17 +54,17 @@ def forward(
     scale = None if layer_scale is None else layer_scale.to(x.dtype)
     for rows, expert in zip(_groups(group_sizes), experts, strict=True):
         normed, mean, rstd = _norm(x[rows], expert, eps)  # (n, D), (n, 1), (n, 1)
-        count, normed = len(normed), _whole(normed)  # n of (m, D), m >= n
+        count, normed = len(normed), whole(normed)  # n of (m, D), m >= n
         if save:
             statistics[0, rows], statistics[1, rows] = mean.flatten(), rstd.flatten()
-            z = _linear(normed, expert.fc1_weight, expert.fc1_bias)  # (m, F)
+            z = product(normed, expert.fc1_weight, expert.fc1_bias)  # (m, F)
             h = F.gelu(z)
             saved_z.append(z[:count])
             if save_activation:
                 saved_h.append(h[:count])
         else:
-            h = _linear_gelu(normed, expert.fc1_weight, expert.fc1_bias)
-        branch = _linear(h, expert.fc2_weight, expert.fc2_bias)[:count].to(x.dtype)  # (n, D)
+            h = product_gelu(normed, expert.fc1_weight, expert.fc1_bias)
+        branch = product(h, expert.fc2_weight, expert.fc2_bias)[:count].to(x.dtype)  # (n, D)
         for first in saved_branch:
             first[rows] = branch[: len(first[rows])]
         if row_scale is not None:
@@ -120,21 +121,21 @@ def backward(
         if layer_scale is not None or trained[index]:
             activation = h[index] if h else F.gelu(z[index])  # (n, F)
             if layer_scale is None:
-                q, total = _linear(g.to(dtype).t(), activation.t()), g.sum(0, dtype=accumulator)  # (D, F), (D,)
+                q, total = product(g.to(dtype).t(), activation.t()), g.sum(0, dtype=accumulator)  # (D, F), (D,)
             elif rows.stop <= len(branch):
                 d_layer_scale += (g * branch[rows]).sum(0, dtype=accumulator)
-                q, total = _linear(d_branch.to(dtype).t(), activation.t()), d_branch.sum(0, dtype=accumulator)
+                q, total = product(d_branch.to(dtype).t(), activation.t()), d_branch.sum(0, dtype=accumulator)
             else:
-                q, total = _linear(g.to(dtype).t(), activation.t()), g.sum(0, dtype=accumulator)
+                q, total = product(g.to(dtype).t(), activation.t()), g.sum(0, dtype=accumulator)
                 d_layer_scale += torch.linalg.vecdot(q, expert.fc2_weight) + expert.fc2_bias * total
                 if trained[index]:
                     q *= layer_scale.to(dtype)[:, None]
                     total *= layer_scale
             del activation
-        padded = _linear(_whole(d_branch.to(dtype)), expert.fc2_weight.t())  # (m, F), of h until the line after next
+        padded = product(whole(d_branch.to(dtype)), expert.fc2_weight.t())  # (m, F), of h until the line after next
         d_z = padded[: len(g)]  # (n, F); the rows after them are zeros
         torch.ops.aten.gelu_backward.grad_input(d_z, z[index], grad_input=d_z)
-        d_normed = _linear(padded, expert.fc1_weight.t())[: len(g)].to(x.dtype)  # (n, D)
+        d_normed = product(padded, expert.fc1_weight.t())[: len(g)].to(x.dtype)  # (n, D)
         part, norm_weight, norm_bias = x[rows], *_norm_parameters(x, expert)
         through_norm, d_norm_weight, d_norm_bias = torch.ops.aten.native_layer_norm_backward(
             *(d_normed, part, part.shape[1:]),
@@ -144,7 +145,7 @@ def backward(
         torch.add(grad[rows], through_norm, out=d_x[rows])
         if trained[index]:
             normed, _, _ = _norm(part, expert, eps)
-            d_fc1 = _linear(d_z.t(), normed.t()), d_z.sum(0, dtype=accumulator)
+            d_fc1 = product(d_z.t(), normed.t()), d_z.sum(0, dtype=accumulator)
             gradients = (d_norm_weight, d_norm_bias, *d_fc1, q, total)
             d_experts.append(tuple(d.to(weight.dtype) for d, weight in zip(gradients, expert, strict=True)))
         else:
@@ -169,37 +170,3 @@ def _norm(part: Tensor, expert: Any, eps: float) -> tuple[Tensor, Tensor, Tensor
     weight, bias = _norm_parameters(part, expert)
     normed, mean, rstd = torch.native_layer_norm(part, part.shape[1:], weight, bias, eps)
     return normed.to(expert.fc1_weight.dtype), mean, rstd
-
-
-def _whole(x: Tensor) -> Tensor:
-    """The rows of a product with zeros after them, a few at most, so that oneDNN divides them into blocks that suit it.
-
-    Where blocks divide the number of rows it takes those: of 37 rows for 481 = 13 * 37, which make the product up to a
-    half slower than that of 484 rows (docs/log.md). Counts with such divisors are rare, but not known in advance.
-    """
-    missing = -len(x) % ROW_STEP
-    return F.pad(x, (0, 0, 0, missing)) if missing and len(x) > MANY_ROWS and _uses_onednn(x) else x
-
-
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """The product x weight^T + bias, contiguous."""
-    if _uses_onednn(x):
-        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-    return F.linear(x, weight, bias)
-
-
-def _linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    if _uses_onednn(x):
-        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "gelu", [], "none")
-    return F.gelu(F.linear(x, weight, bias))
-
-
-def _uses_onednn(x: Tensor) -> bool:
-    """OneDNN is there, is not switched off, takes the dtype, and there are rows (it refuses none)."""
-    return (
-        x.device.type == "cpu"
-        and x.numel() > 0
-        and torch.backends.mkldnn.is_available()
-        and bool(torch.backends.mkldnn.enabled)
-        and (x.dtype == torch.float32 or (x.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()))
-    )

@@ -1,0 +1,147 @@
+"""Linear layers on oneDNN: values and every gradient against float64, and where they are torch's own."""
+
+import pytest
+import tolerances
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from vlmo_fast import MoMEConfig, MoMETransformer, pack
+from vlmo_fast.ops._linear import linear, uses_onednn
+
+SHAPES = {
+    "a few rows": (5, 24, 56),
+    "one row": (1, 24, 56),
+    "many rows": (259, 24, 56),
+    "many rows, a multiple of the step": (260, 24, 56),
+    "one column": (7, 24, 1),
+    "no rows": (0, 24, 56),
+}
+
+
+def draw(*shape: int) -> Tensor:
+    return torch.randn(shape, dtype=torch.float64).float()
+
+
+def with_gradients(function, tensors, seed):
+    leaves = [tensor.detach().requires_grad_() for tensor in tensors]
+    out = function(*leaves)
+    return [out, *torch.autograd.grad(out, leaves, seed)]
+
+
+def compare(tensors, seed, of_leaves=lambda *leaves: leaves):
+    """Our layer against F.linear in float64, of what `of_leaves` makes of the tensors."""
+    exact = with_gradients(lambda *x: F.linear(*of_leaves(*x)), [t.double() for t in tensors], seed.double())
+    eager = with_gradients(lambda *x: F.linear(*of_leaves(*x)), tensors, seed)
+    ours = with_gradients(lambda *x: linear(*of_leaves(*x)), tensors, seed)
+    for name, *results in zip(("out", "d x", "d weight", "d bias"), ours, exact, eager, strict=False):
+        tolerances.check(name, *results)
+
+
+@pytest.mark.usefixtures("nan_filled_empty")
+@pytest.mark.parametrize("has_bias", [True, False])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_values_and_gradients(shape, has_bias):
+    rows, width, out = shape
+    tensors = [draw(rows, width), draw(out, width), *([draw(out)] if has_bias else [])]
+    compare(tensors, draw(rows, out))
+
+
+@pytest.mark.parametrize("case", ["every second row", "transposed", "one row expanded", "half of a weight"])
+def test_strides(case):
+    of_leaves = {
+        "every second row": lambda x, weight: (x.reshape(12, 2, 24)[:, 0], weight),
+        "transposed": lambda x, weight: (x.t().reshape(24, 24).t(), weight),
+        "one row expanded": lambda x, weight: (x[:1].expand(9, -1), weight),
+        "half of a weight": lambda x, weight: (x, weight[20:]),
+    }[case]
+    x, weight = draw(24, 24), draw(56, 24)
+    rows, out = F.linear(*of_leaves(x, weight)).shape
+    compare([x, weight], draw(rows, out), of_leaves)
+    compare([x, weight], torch.ones(()).expand(rows, out), of_leaves)
+
+
+def test_only_the_gradients_that_are_wanted():
+    x, weight, bias = draw(5, 24), draw(56, 24).requires_grad_(), draw(56)
+    linear(x, weight, bias).sum().backward()
+    torch.testing.assert_close(weight.grad, x.sum(0).expand(56, -1))
+    assert x.grad is None and bias.grad is None
+    with torch.no_grad():
+        assert not linear(x, weight, bias).requires_grad
+
+
+def test_second_derivatives():
+    tensors = [draw(5, 24), draw(8, 24), draw(8)]
+
+    def of(function, dtype=torch.float32):
+        leaves = [tensor.to(dtype).detach().clone().requires_grad_() for tensor in tensors]
+        first = torch.autograd.grad(function(*leaves).tanh().sum(), leaves, create_graph=True)
+        return torch.autograd.grad(sum(g.square().sum() for g in first), leaves)
+
+    for results in zip(of(linear), of(F.linear, torch.float64), of(F.linear), strict=True):
+        tolerances.check("second derivative", *results)
+
+
+@pytest.mark.skipif(not uses_onednn(torch.ones(1)), reason="needs a torch with oneDNN")
+def test_when_it_is_torchs_own(monkeypatch):
+    used = []
+    monkeypatch.setattr("vlmo_fast.ops._linear.product", lambda *a: used.append(1) or F.linear(*a))
+    x, weight = draw(5, 24), draw(56, 24)
+    linear(x, weight)
+    assert used
+    used.clear()
+    linear(x.double(), weight.double())
+    linear(x.bfloat16(), weight.bfloat16())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert linear(x, weight).dtype == torch.bfloat16
+    with torch.backends.mkldnn.flags(enabled=False):
+        linear(x, weight)
+    assert not used
+    compiled = torch.compile(linear, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x, weight), F.linear(x, weight))
+    assert not used
+
+
+@pytest.mark.parametrize("rows", [5, 259])
+def test_opcheck(rows):
+    arguments = (draw(rows, 24).requires_grad_(), draw(56, 24).requires_grad_(), draw(56).requires_grad_())
+    torch.library.opcheck(torch.ops.vlmo_fast.linear, arguments)
+
+
+def test_flops():
+    x, weight = draw(5, 24).requires_grad_(), draw(56, 24).requires_grad_()
+    counts = []
+    for function in (linear, F.linear):
+        with FlopCounterMode(display=False) as counter:
+            function(x, weight).sum().backward()
+        counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1] == 3 * 2 * 5 * 24 * 56
+
+
+class Doubled(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+def test_a_projection_that_was_replaced_or_is_watched_is_called():
+    torch.manual_seed(0)
+    config = MoMEConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_vl_layers=1, image_size=32, vocab_size=50
+    )
+    model = MoMETransformer(config).eval()
+    ids, layout = torch.randint(1, 50, (2, 5)), pack([5, 3])
+    with torch.no_grad():
+        plain = model.forward_packed(layout, ids).text_embeds
+        projection = model.blocks[0].attention.projection
+        seen = []
+        handle = projection.register_forward_hook(lambda module, inputs, output: seen.append(output.shape))
+        torch.testing.assert_close(model.forward_packed(layout, ids).text_embeds, plain)
+        assert seen == [(8, 32)]
+        handle.remove()
+        doubled = Doubled(32, 32)
+        doubled.load_state_dict({name: tensor / 2 for name, tensor in projection.state_dict().items()})
+        model.blocks[0].attention.projection = doubled
+        torch.testing.assert_close(model.forward_packed(layout, ids).text_embeds, plain)
+        nn.init.zeros_(doubled.weight)
+        assert not torch.allclose(model.forward_packed(layout, ids).text_embeds, plain)
