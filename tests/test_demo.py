@@ -34,7 +34,8 @@ TINY = Recipe(
             num_questions=8,
             even_answers=True,
             num_statements=16,
-            negated=0.0,
+            negated_questions=0.0,
+            negated_statements=0.0,
         ),
         Stage(6, num_captions=8, num_questions=8, num_scene_questions=4, num_statements=16),
     ),
@@ -100,7 +101,7 @@ def test_one_name_of_each_caption_is_masked(data):
 def test_even_answers(data):
     """Yes and no come equally often then, for each question, and negated questions as seldom as the stage asks."""
     train = data.easy_vqa["train"]
-    stage = Stage(1, num_questions=4000, even_answers=True, negated=0.1)
+    stage = Stage(1, num_questions=4000, even_answers=True, negated_questions=0.1)
     chosen = data.draw_questions(stage, np.random.default_rng(0))
     asked = [(train.questions[n], train.answers[n]) for n in chosen]
     closed = [(question, answer) for question, answer in asked if answer in ("yes", "no")]

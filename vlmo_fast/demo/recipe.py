@@ -60,8 +60,9 @@ class Stage:
         num_scene_questions: questions about scenes of four objects; a multiple of 4.
         num_statements: statements about two scenes; a multiple of 8.
         statement_types: their types, in turn.
-        negated: share of the negated questions (with `even_answers`) and statements that are kept. Whether an answer
-            turns on a picture is hidden as long as half of the questions turn it around.
+        negated_questions: share of the negated questions that are kept, with `even_answers`. Whether an answer turns on
+            a picture is hidden as long as half of the questions turn it around.
+        negated_statements: share of the negated statements that are kept.
     """
 
     num_steps: int
@@ -75,7 +76,8 @@ class Stage:
     num_scene_questions: int = 0
     num_statements: int = 0
     statement_types: tuple[str, ...] = STATEMENT_TYPES
-    negated: float = 1.0
+    negated_questions: float = 1.0
+    negated_statements: float = 1.0
 
 
 STAGES = (
@@ -91,19 +93,20 @@ STAGES = (
         even_answers=True,
         num_statements=64,
         statement_types=("left arrangement", "right arrangement", "arrangement", "arrangement"),
-        negated=0.05,
+        negated_questions=0.05,
+        negated_statements=0.05,
     ),
-    Stage(90, muon_rate=0.2, adamw_rate=2.0, num_statements=64, statement_types=("arrangement",)),
+    Stage(100, muon_rate=0.2, adamw_rate=2.0, num_statements=64, statement_types=("arrangement",)),
     # Questions whose answers turn on the picture.
     Stage(
-        200,
+        190,
         muon_rate=0.3,
         num_captions=64,
         num_questions=96,
         even_answers=True,
         num_statements=16,
         statement_types=("arrangement",),
-        negated=0.1,
+        negated_questions=0.1,
     ),
     # Everything as it comes.
     Stage(
@@ -239,7 +242,7 @@ class DemoData:
         """Which of easy-VQA's training questions a step asks."""
         if not stage.even_answers:
             return rng.integers(0, len(self.easy_vqa["train"].questions), stage.num_questions).tolist()
-        share = np.where(self._is_negated, stage.negated, 1.0)
+        share = np.where(self._is_negated, stage.negated_questions, 1.0)
         chosen = []
         for n in rng.choice(len(share), stage.num_questions, p=share / share.sum()):
             by_answer = self._by_question[n]
@@ -306,7 +309,7 @@ class StepBatches(IterableDataset[dict[str, Tensor]]):
         if stage.num_statements:
             told = world.statements("train", stage.num_statements, rng=rng, types=stage.statement_types)
             is_negated = np.arange(stage.num_statements) % 8 >= 4  # the second wording of each block
-            kept = np.flatnonzero(~is_negated | (rng.random(stage.num_statements) < stage.negated))
+            kept = np.flatnonzero(~is_negated | (rng.random(stage.num_statements) < stage.negated_statements))
             pictures = told.images[told.image_index[kept]]
             batch |= self._encode("statement", [told.statements[n] for n in kept], pictures)
             batch["statement_labels"] = torch.from_numpy(told.labels[kept]).long()
