@@ -966,8 +966,10 @@ def machine(device: torch.device) -> dict[str, Any]:
     cpu = platform.processor() or platform.machine()
     memory = None
     try:
-        names = re.findall(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-        cpu = names[0] if names else cpu
+        told = dict(re.findall(r"^([a-z ]+?)\s*:[ \t]*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE))
+        cpu = told.get("model name", cpu)
+        if "cpu family" in told and "model" in told:  # a virtual machine's name may be that of several generations
+            cpu += f", family {told['cpu family']} model {told['model']}"
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (OSError, ValueError):
         pass
@@ -1005,9 +1007,9 @@ def _installed(package: str) -> str | None:
 
 
 def machine_name(description: Mapping[str, Any]) -> str:
-    """A folder's name for a machine: nvidia-h200, amd-epyc-2-cores."""
-    gpu = description["gpu"]
-    text = gpu["name"] if gpu else f"{description['cpu']} {description['cores']} cores {description['capability']}"
+    """A folder's name for a kind of machine: nvidia-h200, amd-epyc-2-cores-avx512."""
+    gpu, cpu = description["gpu"], description["cpu"].partition(", family")[0]
+    text = gpu["name"] if gpu else f"{cpu} {description['cores']} cores {description['capability']}"
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
 
 
