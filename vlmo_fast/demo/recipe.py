@@ -87,19 +87,17 @@ STAGES = (
     Stage(120, muon_rate=0.25, num_captions=96, num_masked=48, num_kinds=32),
     # What two pictures have in common; then the same turned around.
     Stage(
-        100,
+        150,
         muon_rate=0.2,
-        num_questions=32,
-        even_answers=True,
-        num_statements=64,
+        adamw_rate=2.0,
+        num_statements=96,
         statement_types=("left arrangement", "right arrangement", "arrangement", "arrangement"),
-        negated_questions=0.05,
         negated_statements=0.05,
     ),
-    Stage(100, muon_rate=0.2, adamw_rate=2.0, num_statements=64, statement_types=("arrangement",)),
+    Stage(120, muon_rate=0.2, adamw_rate=2.0, num_statements=64, statement_types=("arrangement",)),
     # Questions whose answers turn on the picture.
     Stage(
-        190,
+        170,
         muon_rate=0.3,
         num_captions=64,
         num_questions=96,
@@ -110,7 +108,7 @@ STAGES = (
     ),
     # Everything as it comes.
     Stage(
-        330,
+        310,
         muon_rate=0.25,
         num_captions=96,
         num_questions=104,
