@@ -8,12 +8,14 @@ import sys
 import numpy as np
 import pytest
 import torch
+from transformers import TrainingArguments
 
 import vlmo_fast
 from vlmo_fast import demo
 from vlmo_fast.data.scenes import ONE_IMAGE_STATEMENT_TYPES, STATEMENT_TYPES
 from vlmo_fast.demo.recipe import (
     DemoData,
+    DemoTrainer,
     MuonAdamW,
     Recipe,
     Stage,
@@ -179,21 +181,22 @@ def test_halves_hold_each_row_once(data, step):
     assert abs(pictures[0] - pictures[1]) <= 2
 
 
-def test_halves_learn_what_the_whole_step_does(data):
-    """The shares of the halves' losses have the sum, and the gradient, of the whole step's loss."""
+def test_halves_learn_what_the_whole_step_does(data, tmp_path):
+    """A step on two threads gives the loss, and every gradient, of all its inputs at once."""
     network = make_network(TINY, data).double()
-    for batch in list(StepBatches(data, TINY))[::3]:
-        batch = {name: x.double() if x.is_floating_point() else x for name, x in batch.items()}
-        whole = network(**batch)
-        parameters = [p for p in network.parameters() if p.requires_grad]
-        expected = torch.autograd.grad(whole.loss, parameters, allow_unused=True, materialize_grads=True)
-        loss = 0
-        for part in halves(batch):
-            output = network(**part.inputs)
-            loss = loss + sum(share * output[name] for name, share in part.shares.items())
-        torch.testing.assert_close(loss, whole.loss)
-        found = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
-        torch.testing.assert_close(found, expected)
+    arguments = TrainingArguments(output_dir=str(tmp_path), report_to="none", use_cpu=True)
+    parameters = {name: p for name, p in network.named_parameters() if p.requires_grad}
+    with two_threads() as threads:
+        trainer = DemoTrainer(model=network, args=arguments, threads=threads)
+        for batch in list(StepBatches(data, TINY))[::3]:
+            batch = {name: x.double() if x.is_floating_point() else x for name, x in batch.items()}
+            whole = network(**batch).loss
+            expected = torch.autograd.grad(whole, [*parameters.values()], allow_unused=True, materialize_grads=True)
+            network.zero_grad()
+            torch.testing.assert_close(trainer.training_step(network, batch), whole.detach())
+            for (name, p), gradient in zip(parameters.items(), expected, strict=True):
+                found = torch.zeros_like(p) if p.grad is None else p.grad
+                torch.testing.assert_close(found, gradient, msg=name)
 
 
 def test_a_step_of_captions_alone_stays_whole(data):
@@ -211,6 +214,7 @@ def test_two_threads_leave_settings_as_they_were():
         with two_threads() as threads:
             assert list(threads.map(abs, [-1, 2])) == [1, 2]
             assert torch.get_num_threads() == max(1, before[0] // 2)
+            assert sys.getswitchinterval() == pytest.approx(2e-5, rel=0.1)
             raise RuntimeError("stop")
 
     with pytest.raises(RuntimeError, match="stop"):
