@@ -411,3 +411,10 @@ def test_the_table_shows_everything(bench):
 def test_promises_are_named_by_known_keys(bench):
     with pytest.raises(ValueError, match=r"promises\.py has no key 'nonsense'"):
         group_of(bench).promise("ours", "peer", at_least=1.0, key="nonsense")
+
+
+def test_a_folder_is_for_a_kind_of_machine():
+    """Generations of a processor under one name share it; their reports tell them apart."""
+    machine = {"gpu": None, "cpu": "AMD EPYC, family 26 model 2", "cores": 2, "capability": "AVX512"}
+    assert harness.machine_name(machine) == "amd-epyc-2-cores-avx512"
+    assert harness.machine_name(machine | {"gpu": {"name": "NVIDIA H200"}}) == "nvidia-h200"
