@@ -32,7 +32,6 @@ TINY = Recipe(
         Stage(
             4,
             muon_rate=0.5,
-            adamw_rate=2.0,
             num_questions=8,
             even_answers=True,
             num_statements=16,
@@ -122,9 +121,9 @@ def test_sorted_pictures_are_of_known_kind(data):
 
 
 def test_rates(data):
-    """Warm-up from the first step, a stage's own factors, a cosine to 0 at the end."""
+    """Warm-up from the first step, a stage's own factor, a cosine to 0 at the end."""
     rates = [TINY.rates(step) for step in range(12)]
-    assert rates[:3] == [(0.5, 0.5), (1.0, 1.0), (0.5, 2.0)]
+    assert rates[:3] == [(0.5, 0.5), (1.0, 1.0), (0.5, 1.0)]
     assert rates[6:9] == [(1.0, 1.0)] * 3
     assert rates[10] == pytest.approx((0.5, 0.5))
     assert [muon for muon, _ in rates[8:]] == sorted((muon for muon, _ in rates[8:]), reverse=True)
@@ -136,7 +135,7 @@ def test_settings_are_told_in_words():
     assert settings["hidden_size"] == 32
     assert settings["stage 1"] == "num_steps 2; num_captions 8; num_masked 4; num_kinds 4"
     assert settings["stage 3"].endswith("; num_statements 16")
-    assert Recipe().settings()["stage 4"].endswith("; statement_types arrangement")
+    assert Recipe().settings()["stage 5"].endswith(", right arrangement, arrangement, arrangement")
     assert "stages" not in settings
 
 
