@@ -22,6 +22,7 @@ from vlmo_fast.demo.recipe import (
     StepBatches,
     halves,
     make_network,
+    train,
     two_threads,
 )
 from vlmo_fast.losses import IGNORE_INDEX
@@ -196,6 +197,24 @@ def test_halves_learn_what_the_whole_step_does(data, tmp_path):
             for (name, p), gradient in zip(parameters.items(), expected, strict=True):
                 found = torch.zeros_like(p) if p.grad is None else p.grad
                 torch.testing.assert_close(found, gradient, msg=name)
+
+
+def test_the_trainer_sees_whole_batches(data, tmp_path, monkeypatch):
+    """All rows of every objective, though objectives differ in how many they have."""
+    seen = []
+
+    def record(self, model, inputs, *args, **kwargs):
+        seen.append({name: x.clone() for name, x in inputs.items()})
+        return torch.zeros(())
+
+    monkeypatch.setattr(DemoTrainer, "training_step", record)
+    monkeypatch.setattr(MuonAdamW, "step", lambda self, closure=None: None)
+    train(TINY, data, tmp_path)
+    expected = list(StepBatches(data, TINY))
+    assert len(seen) == len(expected)
+    for found, batch in zip(seen, expected, strict=True):
+        assert found.keys() == batch.keys()
+        assert all(torch.equal(found[name].cpu(), x) for name, x in batch.items())
 
 
 def test_a_step_of_captions_alone_stays_whole(data):

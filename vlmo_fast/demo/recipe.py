@@ -93,24 +93,24 @@ STAGES = (
     Stage(110, muon_rate=0.2, num_statements=64, statement_types=ARRANGEMENTS),
     # Questions whose answers turn on the picture.
     Stage(
-        170,
+        230,
         muon_rate=0.3,
-        num_captions=64,
+        num_captions=48,
         num_questions=96,
         even_answers=True,
         num_statements=16,
         statement_types=("arrangement",),
-        negated_questions=0.1,
+        negated_questions=0.0,
     ),
-    # Everything as it comes.
+    # Everything, and questions as they come.
     Stage(
-        330,
+        280,
         muon_rate=0.25,
         num_captions=96,
-        num_questions=104,
-        num_scene_questions=4,
-        num_statements=24,
-        statement_types=("arrangement", "arrangement", "presence"),
+        num_questions=92,
+        num_scene_questions=12,
+        num_statements=16,
+        statement_types=("arrangement",),
     ),
 )
 
@@ -591,6 +591,7 @@ def train(recipe: Recipe, data: DemoData, output_dir: Path) -> tuple[DemoNetwork
         report_to="none",
         remove_unused_columns=False,
         dataloader_pin_memory=torch.cuda.is_available(),
+        accelerator_config={"dispatch_batches": False},  # else it cuts all of an item's tensors to the first one's rows
         seed=recipe.seed,
     )
     with two_threads() as threads:
