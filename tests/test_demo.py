@@ -247,12 +247,29 @@ def test_each_parameter_has_one_optimiser(data):
     names = {id(p): name for name, p in network.named_parameters() if p.requires_grad}
     groups = [[names[id(p)] for p in group["params"]] for group in optimizer.param_groups]
     assert sorted(name for group in groups for name in group) == sorted(names.values())
-    assert all(".blocks." in name and name.endswith(".weight") for name in groups[0])
-    assert [name.split(".")[-2] for name in groups[1]] == ["projection", "stem"]
-    assert not any(".blocks." in name for name in groups[2])
-    assert groups[3]
-    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.05, 0.05, 0.05, 0.0]
-    assert all(dict(network.named_parameters())[name].ndim < 2 for name in groups[3])
+    assert all(".blocks." in name and name.endswith(".weight") for name in (*groups[0], *groups[1]))
+    assert [name.split(".")[-2] for name in groups[2]] == ["projection", "stem"]
+    assert not any(".blocks." in name for name in groups[3])
+    assert groups[4]
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.05, 0.05, 0.05, 0.05, 0.0]
+    assert all(dict(network.named_parameters())[name].ndim < 2 for name in groups[4])
+
+
+def test_threads_that_share_the_optimiser_give_the_same_bits(data):
+    batch = next(iter(StepBatches(data, TINY)))
+    with two_threads() as threads:
+        networks = [make_network(TINY, data) for _ in range(2)]
+        for network, shared in zip(networks, (None, threads), strict=True):
+            optimizer = MuonAdamW(network, TINY, shared)
+            for _ in range(2):
+                network.zero_grad()
+                network(**batch).loss.backward()
+                optimizer.step()
+    alone, together = networks
+    for (name, p), other in zip(alone.named_parameters(), together.parameters(), strict=True):
+        assert torch.equal(p, other), name
+    untrained = dict(make_network(TINY, data).named_parameters())
+    assert not all(torch.equal(p, untrained[name]) for name, p in alone.named_parameters())
 
 
 def test_patch_projections_move_as_matrices_do(data):

@@ -429,29 +429,35 @@ def make_network(recipe: Recipe, data: DemoData) -> DemoNetwork:
 class MuonAdamW(torch.optim.Optimizer):
     """Muon for the matrices of the blocks and the projections of the patches, AdamW for the rest, as one optimiser.
 
-    Orthogonalised updates (Muon) reach in 400 steps what AdamW alone does not (docs/log.md).
+    Orthogonalised updates (Muon) reach in 400 steps what AdamW alone does not (docs/log.md). They take a tenth of a
+    step, so `threads` may share them; each matrix is updated by itself, to the same bits.
     """
 
-    def __init__(self, network: nn.Module, recipe: Recipe) -> None:
+    def __init__(self, network: nn.Module, recipe: Recipe, threads: Executor | None = None) -> None:
         named = {name: p for name, p in network.named_parameters() if p.requires_grad}
         matrices = [p for name, p in sorted(named.items()) if ".blocks." in name and p.ndim == 2]
         filters = [p for _, p in sorted(named.items()) if p.ndim == 4]
         others = [p for p in named.values() if not any(p is other for other in (*matrices, *filters))]
+        self._threads = threads
         self._filters = [(p, nn.Parameter(p.detach().flatten(1))) for p in filters]  # Muon takes matrices alone
-        muon_groups = [
-            {"params": matrices, "lr": recipe.muon_learning_rate},
-            {"params": [flat for _, flat in self._filters], "lr": recipe.patch_learning_rate},
-        ]
+        flat = [flat for _, flat in self._filters]
         adamw_groups = [
             {"params": [p for p in others if p.ndim >= 2], "weight_decay": recipe.weight_decay},
             {"params": [p for p in others if p.ndim < 2], "weight_decay": 0.0},
         ]
         self.optimizers: tuple[torch.optim.Optimizer, ...] = (
-            torch.optim.Muon(muon_groups, momentum=0.95, weight_decay=recipe.weight_decay),
+            *(
+                torch.optim.Muon(parameters, lr=rate, momentum=0.95, weight_decay=recipe.weight_decay)
+                for parameters, rate in (
+                    (matrices[::2], recipe.muon_learning_rate),
+                    (matrices[1::2], recipe.muon_learning_rate),
+                    (flat, recipe.patch_learning_rate),
+                )
+            ),
             torch.optim.AdamW(adamw_groups, lr=recipe.learning_rate, betas=(0.9, 0.98)),
         )
         groups = [dict(group) for group in self._own_groups()]
-        groups[1]["params"] = filters
+        groups[2]["params"] = filters
         super().__init__(groups, {})
 
     def _own_groups(self) -> list[dict[str, Any]]:
@@ -459,14 +465,15 @@ class MuonAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """One step of both, at the learning rates that a scheduler set here."""
+        """One step of all, at the learning rates that a scheduler set here."""
         for own, scheduled in zip(self._own_groups(), self.param_groups, strict=True):
             own["lr"] = scheduled["lr"]
         for filters, flat in self._filters:
             flat.data = filters.detach().flatten(1)  # of the same memory, also after a move to another device
             flat.grad = None if filters.grad is None else filters.grad.flatten(1)
-        for optimizer in self.optimizers:
-            optimizer.step()
+        share = map if self._threads is None else self._threads.map
+        for _ in share(lambda optimizer: optimizer.step(), self.optimizers):
+            pass
 
 
 class StepPart(NamedTuple):
@@ -572,7 +579,6 @@ def train(recipe: Recipe, data: DemoData, output_dir: Path) -> tuple[DemoNetwork
         The trained network in eval mode, and the logged losses: "step", "learning_rate", "loss", and each objective.
     """
     network = make_network(recipe, data)
-    optimizer = MuonAdamW(network, recipe)
 
     def muon_schedule(step: int) -> float:
         return recipe.rates(step)[0]
@@ -580,7 +586,6 @@ def train(recipe: Recipe, data: DemoData, output_dir: Path) -> tuple[DemoNetwork
     def adamw_schedule(step: int) -> float:
         return recipe.rates(step)[1]
 
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, [*2 * [muon_schedule], *2 * [adamw_schedule]])
     arguments = TrainingArguments(
         output_dir=str(output_dir),
         max_steps=recipe.num_steps,
@@ -595,6 +600,8 @@ def train(recipe: Recipe, data: DemoData, output_dir: Path) -> tuple[DemoNetwork
         seed=recipe.seed,
     )
     with two_threads() as threads:
+        optimizer = MuonAdamW(network, recipe, threads)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, [*3 * [muon_schedule], *2 * [adamw_schedule]])
         trainer = DemoTrainer(
             model=network,
             args=arguments,
