@@ -36,7 +36,7 @@ TINY = Recipe(
             num_questions=8,
             even_answers=True,
             num_statements=16,
-            negated_questions=0.0,
+            negated_questions=0.5,
             negated_statements=0.0,
         ),
         Stage(6, num_captions=8, num_questions=8, num_scene_questions=4, num_statements=16),

@@ -1,7 +1,8 @@
 """The demo's network, its batches and its training through `transformers.Trainer`.
 
-One backbone serves three heads at once. A step sees captioned scenes (contrast), questions about pictures (answers) and
-statements about two pictures (truth), each through the path that VLMo has for it; the losses are added.
+One backbone serves five heads. A step sees some of captioned scenes (contrast, masked words), pictures by themselves
+(kinds), questions about pictures (answers) and statements about two pictures (truth), each through the path that VLMo
+has for it; the losses are added.
 """
 
 from __future__ import annotations
@@ -440,7 +441,7 @@ class MuonAdamW(torch.optim.Optimizer):
         others = [p for p in named.values() if not any(p is other for other in (*matrices, *filters))]
         self._threads = threads
         self._filters = [(p, nn.Parameter(p.detach().flatten(1))) for p in filters]  # Muon takes matrices alone
-        flat = [flat for _, flat in self._filters]
+        flat_filters = [flat for _, flat in self._filters]
         adamw_groups = [
             {"params": [p for p in others if p.ndim >= 2], "weight_decay": recipe.weight_decay},
             {"params": [p for p in others if p.ndim < 2], "weight_decay": 0.0},
@@ -451,7 +452,7 @@ class MuonAdamW(torch.optim.Optimizer):
                 for parameters, rate in (
                     (matrices[::2], recipe.muon_learning_rate),
                     (matrices[1::2], recipe.muon_learning_rate),
-                    (flat, recipe.patch_learning_rate),
+                    (flat_filters, recipe.patch_learning_rate),
                 )
             ),
             torch.optim.AdamW(adamw_groups, lr=recipe.learning_rate, betas=(0.9, 0.98)),
