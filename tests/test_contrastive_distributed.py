@@ -1,12 +1,11 @@
 """The global batch on 2 and 4 processes (gloo): the same loss and gradients as the whole batch on one."""
 
 import itertools
-import tempfile
-from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+from ranks import run_ranks
 from test_contrastive import differentiate, unlucky
 from tolerances import check
 from torch import Tensor, multiprocessing, nn
@@ -48,20 +47,16 @@ def keywords_of(kind: str, ids: Tensor) -> dict[str, object]:
     return {} if kind == "pairs" else {"image_ids": ids, "text_ids": ids, "positives": kind}
 
 
-def check_rank(rank: int, size: int, rendezvous: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=size)
-    try:
-        group = dist.group.WORLD
-        check_losses(rank, size, group)
-        check_embeddings(rank, size, group)
-        check_halves(rank, size, group)
-        check_ring(rank, size, group)
-        check_samples(rank, size, group)
-        check_gradcache(rank, size, group)
-        check_refusals(rank, size, group)
-    finally:
-        dist.destroy_process_group()
+def check_rank(rank: int, size: int) -> None:
+    group = dist.group.WORLD
+    assert group is not None
+    check_losses(rank, size, group)
+    check_embeddings(rank, size, group)
+    check_halves(rank, size, group)
+    check_ring(rank, size, group)
+    check_samples(rank, size, group)
+    check_gradcache(rank, size, group)
+    check_refusals(rank, size, group)
 
 
 def check_losses(
@@ -225,8 +220,17 @@ def check_refusals(rank: int, size: int, group: dist.ProcessGroup) -> None:
 @pytest.mark.usefixtures("cpu_extension")
 @pytest.mark.parametrize("size", [2, 4])
 def test_global_batch(size: int) -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        multiprocessing.spawn(check_rank, (size, str(Path(folder, "rendezvous"))), nprocs=size)
+    run_ranks(check_rank, size)
+
+
+def fail_on_the_last(rank: int, size: int) -> None:
+    assert rank < size - 1, "what rank 1 says"
+
+
+@pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="this torch has no gloo")
+def test_a_failure_on_one_rank_fails() -> None:
+    with pytest.raises(multiprocessing.ProcessRaisedException, match="what rank 1 says"):
+        run_ranks(fail_on_the_last, 2)
 
 
 def test_gradient_is_refused_by_name() -> None:

@@ -1,10 +1,8 @@
 """FSDP2 on two processes: the loss and the step of one process, and encoders called on their own."""
 
-import socket
-
 import pytest
 import torch
-import torch.multiprocessing as mp
+from ranks import process_group, run_ranks
 from torch import distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
@@ -46,66 +44,56 @@ def step(model, inputs, optimizer) -> None:
     optimizer.zero_grad()
 
 
-def worker(rank: int, world: int, port: int) -> None:
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
-    try:
-        mesh = init_device_mesh("cpu", (world,))
-        reference, model = build("VLMoForQuestionAnswering"), shard(build("VLMoForQuestionAnswering"), mesh=mesh)
-        assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
-        blocks = model.backbone.blocks
-        assert all(type(module).__name__.startswith("FSDP") for module in (model, model.backbone, *blocks))
-        optimizers = [torch.optim.SGD(m.parameters(), lr=0.1) for m in (reference, model)]
-        whole = batch()
-        half = {name: x.chunk(world)[rank] for name, x in whole.items()}
-        for _ in range(2):
-            step(reference, whole, optimizers[0])
-            step(model, half, optimizers[1])
-        for (name, ours), theirs in zip(model.named_parameters(), reference.parameters(), strict=True):
-            torch.testing.assert_close(ours.full_tensor(), theirs, msg=lambda text, name=name: f"{name}: {text}")
+def check_rank(rank: int, world: int) -> None:
+    mesh = init_device_mesh("cpu", (world,))
+    reference, model = build("VLMoForQuestionAnswering"), shard(build("VLMoForQuestionAnswering"), mesh=mesh)
+    assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
+    blocks = model.backbone.blocks
+    assert all(type(module).__name__.startswith("FSDP") for module in (model, model.backbone, *blocks))
+    optimizers = [torch.optim.SGD(m.parameters(), lr=0.1) for m in (reference, model)]
+    whole = batch()
+    half = {name: x.chunk(world)[rank] for name, x in whole.items()}
+    for _ in range(2):
+        step(reference, whole, optimizers[0])
+        step(model, half, optimizers[1])
+    for (name, ours), theirs in zip(model.named_parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(ours.full_tensor(), theirs, msg=lambda text, name=name: f"{name}: {text}")
 
-        retrieval = build("VLMoForImageTextRetrieval").eval()
-        wanted = retrieval.get_image_features(whole["pixel_values"]).pooler_output
-        texts = retrieval.get_text_features(whole["input_ids"]).pooler_output
-        pairs = retrieval.backbone(whole["input_ids"], pixel_values=whole["pixel_values"]).pooler_output
-        sharded = shard(build("VLMoForImageTextRetrieval").eval(), mesh=mesh)
-        with torch.no_grad():  # each before any forward of the whole: nothing else has gathered the parameters
-            torch.testing.assert_close(sharded.get_text_features(whole["input_ids"]).pooler_output, texts)
-            torch.testing.assert_close(sharded.get_image_features(whole["pixel_values"]).pooler_output, wanted)
-            actual = sharded.backbone(whole["input_ids"], pixel_values=whole["pixel_values"]).pooler_output
-            torch.testing.assert_close(actual, pairs)
+    retrieval = build("VLMoForImageTextRetrieval").eval()
+    wanted = retrieval.get_image_features(whole["pixel_values"]).pooler_output
+    texts = retrieval.get_text_features(whole["input_ids"]).pooler_output
+    pairs = retrieval.backbone(whole["input_ids"], pixel_values=whole["pixel_values"]).pooler_output
+    sharded = shard(build("VLMoForImageTextRetrieval").eval(), mesh=mesh)
+    with torch.no_grad():  # each before any forward of the whole: nothing else has gathered the parameters
+        torch.testing.assert_close(sharded.get_text_features(whole["input_ids"]).pooler_output, texts)
+        torch.testing.assert_close(sharded.get_image_features(whole["pixel_values"]).pooler_output, wanted)
+        actual = sharded.backbone(whole["input_ids"], pixel_values=whole["pixel_values"]).pooler_output
+        torch.testing.assert_close(actual, pairs)
 
-        # The scale, which is not sharded: the mean of the processes' gradients, as DDP's.
-        retrieval = retrieval.train()
-        gradients = []
-        for chunk in range(world):
-            mine = {name: whole[name].chunk(world)[chunk] for name in ("input_ids", "pixel_values")}
-            (gradient,) = torch.autograd.grad(retrieval(**mine, return_loss=True).loss, retrieval.logit_scale)
-            gradients.append(gradient)
-        mine = {name: whole[name].chunk(world)[rank] for name in ("input_ids", "pixel_values")}
-        sharded.train()(**mine, return_loss=True).loss.backward()
-        torch.testing.assert_close(sharded.logit_scale.grad, sum(gradients) / world)
-    finally:
-        dist.destroy_process_group()
+    # The scale, which is not sharded: the mean of the processes' gradients, as DDP's.
+    retrieval = retrieval.train()
+    gradients = []
+    for chunk in range(world):
+        mine = {name: whole[name].chunk(world)[chunk] for name in ("input_ids", "pixel_values")}
+        (gradient,) = torch.autograd.grad(retrieval(**mine, return_loss=True).loss, retrieval.logit_scale)
+        gradients.append(gradient)
+    mine = {name: whole[name].chunk(world)[rank] for name in ("input_ids", "pixel_values")}
+    sharded.train()(**mine, return_loss=True).loss.backward()
+    torch.testing.assert_close(sharded.logit_scale.grad, sum(gradients) / world)
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not dist.is_gloo_available(), reason="torch was built without gloo")
 def test_two_processes():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(worker, args=(2, port), nprocs=2)
+    run_ranks(check_rank, 2)
 
 
 def test_meta_models_are_sharded_and_then_filled():
     """Construct without memory, shard, allocate the shards, initialise: what a model too large for one device needs."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
+    with process_group(0, 1, dist.HashStore()):
         with torch.device("meta"):
             model = vlmo_fast.MoMETransformer(vlmo_fast.VLMoConfig(**SIZES).mome)
         shard(model, mesh=init_device_mesh("cpu", (1,)))
         model.to_empty(device="cpu")
         model.apply(model.init_weights)
         assert model(pixel_values=batch()["pixel_values"]).image_embeds.isfinite().all()
-    finally:
-        dist.destroy_process_group()
