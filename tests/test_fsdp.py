@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from ranks import process_group, run_ranks
+from ranks import run_ranks
 from torch import distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
@@ -90,10 +90,13 @@ def test_two_processes():
 
 def test_meta_models_are_sharded_and_then_filled():
     """Construct without memory, shard, allocate the shards, initialise: what a model too large for one device needs."""
-    with process_group(0, 1, dist.HashStore()):
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
         with torch.device("meta"):
             model = vlmo_fast.MoMETransformer(vlmo_fast.VLMoConfig(**SIZES).mome)
         shard(model, mesh=init_device_mesh("cpu", (1,)))
         model.to_empty(device="cpu")
         model.apply(model.init_weights)
         assert model(pixel_values=batch()["pixel_values"]).image_embeds.isfinite().all()
+    finally:
+        dist.destroy_process_group()
