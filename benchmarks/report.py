@@ -76,9 +76,17 @@ def load(path: Path, *, synthetic: bool = False) -> Run:
 
 
 def newest(folder: Path) -> list[Path]:
-    """The newest file of each machine's folder; names begin with the date."""
+    """The newest file of each machine's folder: of the last day that a name begins with, the one that started last.
+
+    Raises:
+        ReportError: several files are of that day, and one of them cannot be used.
+    """
     machines = sorted(path for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
-    return [max(files) for files in (sorted(machine.glob("*.json")) for machine in machines) if files]
+    found = []
+    for files in ([*machine.glob("*.json")] for machine in machines):
+        last_day = [path for path in files if path.name[:10] == max(other.name[:10] for other in files)]
+        found += last_day if len(last_day) < 2 else [max(last_day, key=lambda path: str(load(path)["started"]))]
+    return found
 
 
 def measured(run: Run) -> list[Group]:

@@ -173,6 +173,14 @@ def test_the_newest_file_of_each_machine_counts(tmp_path):
     assert report.newest(tmp_path / "none") == []
 
 
+def test_of_one_day_the_run_that_started_last_counts(tmp_path):
+    (tmp_path / "a").mkdir()
+    for name, hour in (("f", 7), ("1", 12), ("c", 11)):
+        started = f"2026-01-01T{hour:02}:00:00+00:00"
+        (tmp_path / "a" / f"2026-01-01-{name}.json").write_text(json.dumps({"schema": 1, "started": started}))
+    assert [path.name for path in report.newest(tmp_path)] == ["2026-01-01-1.json"]
+
+
 # --compare
 
 
