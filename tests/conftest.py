@@ -11,6 +11,7 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import pytest
 import torch
+from cpu_library import CpuLibrary
 
 # Without a GPU, Triton kernels run in Triton's interpreter, on CPU tensors. Triton reads this when a kernel is defined.
 if not torch.cuda.is_available():
@@ -61,6 +62,18 @@ def cpu_extension() -> Path:
         _require("g++")
         build.build("cpu")
     return extensions.library("cpu")
+
+
+@pytest.fixture
+def compiled(cpu_extension: Path) -> Iterator[CpuLibrary]:
+    """The CPU library, loaded; afterwards it has its best instruction set again."""
+    from vlmo_fast import extensions
+
+    extensions.load("cpu")
+    library = CpuLibrary(cpu_extension)
+    best = library.capability
+    yield library
+    assert library.use(best)
 
 
 @pytest.fixture

@@ -1,6 +1,5 @@
 """The compiled extensions: how they are built, found and refused, and their kernels on every instruction set."""
 
-import ctypes
 import json
 import re
 import subprocess
@@ -10,38 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from cpu_library import CAPABILITIES, CpuLibrary
 from torch import Tensor
 
 from vlmo_fast import build, extensions, ops
 from vlmo_fast.ops import _similarity
 
 ROOT = Path(__file__).resolve().parents[1]
-
-
-class Compiled:
-    """The C functions of the CPU library that are not ops."""
-
-    def __init__(self) -> None:
-        library = ctypes.CDLL(str(extensions.library("cpu")))
-        library.vlmo_fast_cpu_capability.restype = ctypes.c_char_p
-        library.vlmo_fast_cpu_use.restype = ctypes.c_bool
-        self.library = library
-
-    @property
-    def capability(self) -> str:
-        return str(self.library.vlmo_fast_cpu_capability().decode())
-
-    def use(self, name: str) -> bool:
-        return bool(self.library.vlmo_fast_cpu_use(name.encode()))
-
-
-@pytest.fixture
-def compiled(cpu_extension: Path) -> Iterator[Compiled]:
-    extensions.load("cpu")
-    library = Compiled()
-    best = library.capability
-    yield library
-    assert library.use(best)
 
 
 def finite(lse: Tensor) -> Tensor:
@@ -69,8 +43,8 @@ def on_both(block: Tensor, excluded: _similarity.Excluded, start: int) -> list[t
     return results
 
 
-@pytest.mark.parametrize("capability", ["baseline", "avx2", "avx512"])
-def test_kernels_on_every_instruction_set(capability: str, compiled: Compiled) -> None:
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_kernels_on_every_instruction_set(capability: str, compiled: CpuLibrary) -> None:
     """Ragged panels and tiles; logits from tiny to 300; each kind of exclusion; a row and a column left out whole."""
     if not compiled.use(capability):
         pytest.skip(f"this CPU has no {capability}")
@@ -91,7 +65,7 @@ def test_kernels_on_every_instruction_set(capability: str, compiled: Compiled) -
                 torch.testing.assert_close(a, b, rtol=10 * 2**-24 * max(1.0, 4 * scale), atol=1e-9)
 
 
-def test_the_best_instruction_set_is_chosen(compiled: Compiled) -> None:
+def test_the_best_instruction_set_is_chosen(compiled: CpuLibrary) -> None:
     """The order of preference is the order of torch's own capabilities."""
     name = torch.backends.cpu.get_cpu_capability().lower()
     assert compiled.capability == {"avx512": "avx512", "avx2": "avx2"}.get(name, "baseline")

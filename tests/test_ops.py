@@ -309,9 +309,12 @@ def test_contrastive_loss_refuses_a_scale_of_many():
 # The door
 
 
-def test_automatic_choices():
-    """On a CPU the reference (measured faster with a bias); anywhere else torch's fused attention."""
-    for dtype in (torch.float32, torch.bfloat16):
+@pytest.mark.usefixtures("cpu_extension")
+def test_automatic_choices(monkeypatch):
+    """On a CPU the library in float32, else the reference; anywhere else torch's fused attention."""
+    assert ops.select("attention", ops.Problem("cpu", torch.float32)) == "cpu"
+    monkeypatch.setattr(dispatch, "_is_built", lambda name: False)
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
         assert ops.select("attention", ops.Problem("cpu", dtype)) == "eager"
         for device in ("cuda", "mps", "xpu"):
             assert ops.select("attention", ops.Problem(device, dtype)) == "sdpa"
@@ -322,12 +325,14 @@ def test_explicit_choices():
     for op in ("attention", "contrastive_loss"):
         for name in set(ops.implementations(op)) - {"xformers", "cpu", "cuda", "cuda-sm90a", "cuda-blocks"}:
             assert ops.select(op, ops.Problem("cpu", torch.float32), name) == name
-    assert ops.implementations("attention") == ("sdpa", "eager", "xformers")
+    assert ops.implementations("attention") == ("cpu", "sdpa", "eager", "xformers")
 
 
 def test_xformers_is_chosen_by_name_alone(monkeypatch):
     """By `attention`, and only where it can run; otherwise the refusal says why and what can."""
-    with pytest.raises(NotImplementedError, match=r"xformers runs on CUDA devices, not on cpu\); these can: \['sdpa'"):
+    with pytest.raises(
+        NotImplementedError, match=r"xformers runs on CUDA devices, not on cpu\); these can: \[.*'sdpa'"
+    ):
         ops.select("attention", ops.Problem("cpu", torch.float32), "xformers")
     cuda = ops.Problem("cuda", torch.bfloat16)
     monkeypatch.setattr(dispatch, "find_spec", lambda name: name)
@@ -396,7 +401,8 @@ def test_a_gradient_of_the_bias_alone():
 
 def test_unknown_backend_names_the_known_ones():
     with pytest.raises(
-        ValueError, match=r"^attention: backend must be 'auto' or one of \['sdpa', 'eager', 'xformers'\], got 'x'$"
+        ValueError,
+        match=r"^attention: backend must be 'auto' or one of \['cpu', 'sdpa', 'eager', 'xformers'\], got 'x'$",
     ):
         ops.attention(*(torch.ones(1, 1, 2, 4),) * 3, backend="x")
     with pytest.raises(
@@ -412,7 +418,7 @@ def test_the_op_runs_what_was_selected(monkeypatch):
     monkeypatch.setattr(_fused, "sdpa", lambda *_: "sdpa")
     assert ops.attention(*tensors, backend="eager") == "the reference"
     assert ops.attention(*tensors, backend="sdpa") == "sdpa"
-    assert ops.attention(*tensors) == "the reference"
+    assert ops.attention(*(x.double() for x in tensors)) == "the reference"
     monkeypatch.setattr(_attention, "select", lambda op, problem, backend: "sdpa")
     assert ops.attention(*tensors) == "sdpa"
 

@@ -13,8 +13,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from vlmo_fast import ops
 from vlmo_fast.ops import _buckets, _packed_attention, dispatch, reference
 
+pytestmark = pytest.mark.usefixtures("cpu_extension")
+
 BACKENDS = ["bucketed", "sdpa", "eager"]
-FAST = pytest.mark.parametrize("backend", ["bucketed", "sdpa", "triton"])  # the last on a GPU, or interpreted
+FAST = pytest.mark.parametrize("backend", ["bucketed", "sdpa", "cpu", "triton"])  # the last on a GPU, or interpreted
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # where Triton kernels run; on a CPU they are interpreted
 
 
@@ -126,7 +128,7 @@ ODD = {
 
 @pytest.mark.usefixtures("nan_filled_empty")
 @pytest.mark.parametrize("lengths", ODD.values(), ids=ODD)
-@pytest.mark.parametrize("backend", ["bucketed", "sdpa"])
+@pytest.mark.parametrize("backend", ["bucketed", "sdpa", "cpu"])
 def test_float32_of_odd_lengths(lengths, backend):
     check_rounding(
         *problem(lengths, heads=2, width=16, dtype=torch.float32, places=941, text_places=40), False, backend
@@ -408,7 +410,10 @@ def test_many_compositions_compile_twice():
 
 
 def test_choices(monkeypatch):
-    """Torch's operators, fused in full precision; Triton's kernels by name alone, until they have run on a GPU."""
+    """On a CPU the library, in float32 and where it is built; else torch's operators, fused in full precision.
+
+    Triton's kernels by name alone, until they have run on a GPU.
+    """
     monkeypatch.setattr(dispatch, "find_spec", lambda name: None if name == "xformers" else name)
     half, single, double = torch.bfloat16, torch.float32, torch.float64
 
@@ -429,8 +434,10 @@ def test_choices(monkeypatch):
         assert chosen(device, double, True, 64) == chosen(device, double, False, 64) == "sdpa"
     for needs_grad in (False, True):
         assert chosen("cpu", half, needs_grad, 64) == "bucketed"
-        assert chosen("cpu", single, needs_grad, 64) == "sdpa"
-    assert chosen("cpu", single, interpreted=True) == "sdpa"  # the kernels never by themselves
+        assert chosen("cpu", single, needs_grad, 64) == "cpu"
+    assert chosen("cpu", single, interpreted=True) == "cpu"  # the kernels never by themselves
+    monkeypatch.setattr(dispatch, "_is_built", lambda name: False)
+    assert chosen("cpu", single, True, 64) == "sdpa"
 
 
 def test_xformers_is_chosen_where_it_is_installed(monkeypatch):

@@ -28,6 +28,21 @@ def test_refuses_four_times_the_eager_error() -> None:
         tolerances.check("x", worse, exact, eager, torch.bfloat16)
 
 
+def test_of_several_draws_the_mean_is_held_to_eager_and_each_to_the_cap() -> None:
+    exact = torch.randn(50, 40, dtype=torch.float64)
+    eager = exact.float()
+    lucky, usual, bad = (exact + factor * (eager.double() - exact) for factor in (0.1, 4, 12))
+    with pytest.raises(AssertionError, match="x: frobenius error"):
+        tolerances.check("x", usual, exact, lucky, torch.float32)
+    tolerances.check_draws("x", [(usual, exact, lucky), (usual, exact, usual)], torch.float32)
+    with pytest.raises(AssertionError, match="x: frobenius error"):
+        tolerances.check_draws("x", [(bad, exact, usual), (bad, exact, lucky)], torch.float32)
+    off = exact * (1 + 1.1 * tolerances.CAPS[torch.float32])
+    poor = exact * (1 + tolerances.CAPS[torch.float32])
+    with pytest.raises(AssertionError, match=r"x: frobenius error .* > cap"):
+        tolerances.check_draws("x", [(off, exact, poor), (usual, exact, poor)], torch.float32)
+
+
 def test_refuses_one_bad_row_that_the_norm_hides() -> None:
     exact = torch.randn(5000, 8, dtype=torch.float64)
     actual = exact.clone()

@@ -129,17 +129,18 @@ def _cpu() -> _Rules:
     if shutil.which(compiler) is None:
         raise BuildError(f"{compiler} is missing; `vlmo-fast doctor` says how to install a C++ compiler")
     folder = extensions.PACKAGE / "csrc" / "cpu"
-    kernels = folder / "similarity_kernels.cpp"
-    objects = [
-        _Object(folder / "similarity.cpp", "similarity.o", STABLE_ABI),
-        _Object(kernels, "baseline.o", ("-DVLMO_FAST_KERNELS=kBaseline",)),
-    ]
+    sets: list[tuple[str, str, tuple[str, ...]]] = [("baseline", "kBaseline", ())]
     if platform.machine().lower() in ("x86_64", "amd64"):
         avx512 = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mprefer-vector-width=512")
-        objects += [
-            _Object(kernels, "avx2.o", ("-DVLMO_FAST_KERNELS=kAvx2", "-mavx2", "-mfma")),
-            _Object(kernels, "avx512.o", ("-DVLMO_FAST_KERNELS=kAvx512", *avx512)),
-        ]
+        sets += [("avx2", "kAvx2", ("-mavx2", "-mfma")), ("avx512", "kAvx512", avx512)]
+    objects = [
+        _Object(folder / f"{name}.cpp", f"{name}.o", STABLE_ABI) for name in ("attention", "capability", "similarity")
+    ]
+    objects += [
+        _Object(folder / f"{kind}_kernels.cpp", f"{kind}-{name}.o", (f"-DVLMO_FAST_KERNELS={table}", *flags))
+        for kind in ("attention", "similarity")
+        for name, table, flags in sets
+    ]
     flags = "-std=c++20 -O3 -fPIC -fvisibility=hidden -fno-math-errno -fno-trapping-math -fopenmp-simd -Wall -Wextra"
     torch = _torch()
     return _Rules(

@@ -63,7 +63,7 @@ _TOOLS = (
 )
 
 
-_EXTENSIONS = {"cpu": "the contrastive loss on a CPU", "cuda": "the contrastive loss on an NVIDIA GPU"}
+_EXTENSIONS = {"cpu": "attention and the contrastive loss on a CPU", "cuda": "the contrastive loss on an NVIDIA GPU"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

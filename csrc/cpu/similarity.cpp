@@ -1,52 +1,20 @@
-// The ops vlmo_fast::similarity_sums_ and vlmo_fast::similarity_gradient_ on a CPU: checks, threads, instruction set.
+// The ops vlmo_fast::similarity_sums_ and vlmo_fast::similarity_gradient_ on a CPU: checks and threads.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
-#include <atomic>
 #include <cmath>
-#include <cstring>
 #include <optional>
 #include <vector>
 
-#include "similarity_kernels.h"
+#include "capability.h"
 
-namespace vlmo_fast {
+namespace vlmo_fast::similarity {
 namespace {
 
 using torch::stable::Tensor;
 using torch::headeronly::ScalarType;
-
-struct Capability {
-  const char* name;
-  const Kernels* kernels;
-  bool supported;
-};
-
-// Best first; the last one runs everywhere.
-const std::vector<Capability>& capabilities() {
-  static const std::vector<Capability> all = {
-#if defined(__x86_64__) || defined(_M_X64)
-      {"avx512", &kAvx512,
-       __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma")},
-      {"avx2", &kAvx2, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")},
-#endif
-      {"baseline", &kBaseline, true},
-  };
-  return all;
-}
-
-std::atomic<const Capability*>& chosen() {
-  static std::atomic<const Capability*> choice = [] {
-    for (const Capability& capability : capabilities()) {
-      if (capability.supported) return &capability;
-    }
-    return &capabilities().back();
-  }();
-  return choice;
-}
 
 void check(const Tensor& tensor, const char* name, ScalarType dtype, int64_t dim) {
   STD_TORCH_CHECK(tensor.scalar_type() == dtype, "similarity: ", name, " has another dtype than the kernel");
@@ -82,7 +50,7 @@ void similarity_sums_(Tensor block, std::optional<Tensor> row_ids, std::optional
   auto* tops = static_cast<float*>(column_top.data_ptr());
   auto* totals = static_cast<double*>(column_total.data_ptr());
   auto* lse = static_cast<double*>(row_lse.data_ptr());
-  const Kernels* kernels = chosen().load()->kernels;
+  const Kernels* kernels = capability().similarity;
 
   // A part for each panel, joined in their order: the result does not depend on the number of threads.
   const int64_t panels = (columns + kPanel - 1) / kPanel;
@@ -125,7 +93,7 @@ void similarity_gradient_(Tensor block, Tensor out, std::optional<Tensor> row_id
   const auto* data = static_cast<const float*>(block.data_ptr());
   auto* result = static_cast<float*>(out.data_ptr());
   const auto vector = [](const Tensor& tensor) { return static_cast<const float*>(tensor.data_ptr()); };
-  const Kernels* kernels = chosen().load()->kernels;
+  const Kernels* kernels = capability().similarity;
   torch::stable::parallel_for(0, rows, 4, [&](int64_t begin, int64_t end) {
     kernels->gradient(data, result, columns, begin, end, excluded, vector(row_lse), vector(row_weight),
                       vector(column_lse), vector(column_weight));
@@ -139,19 +107,4 @@ STABLE_TORCH_LIBRARY_IMPL(vlmo_fast, CPU, m) {
   m.impl("similarity_gradient_", TORCH_BOX(&similarity_gradient_));
 }
 
-}  // namespace vlmo_fast
-
-// For the tests.
-#define VLMO_FAST_EXPORT extern "C" __attribute__((visibility("default")))
-
-VLMO_FAST_EXPORT const char* vlmo_fast_cpu_capability() { return vlmo_fast::chosen().load()->name; }
-
-VLMO_FAST_EXPORT bool vlmo_fast_cpu_use(const char* name) {
-  for (const auto& capability : vlmo_fast::capabilities()) {
-    if (capability.supported && std::strcmp(capability.name, name) == 0) {
-      vlmo_fast::chosen() = &capability;
-      return true;
-    }
-  }
-  return false;
-}
+}  // namespace vlmo_fast::similarity

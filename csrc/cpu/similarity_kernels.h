@@ -4,7 +4,7 @@
 
 #include <cstdint>
 
-namespace vlmo_fast {
+namespace vlmo_fast::similarity {
 
 // Elements of S that count nowhere: column row + diagonal (none if the diagonal is kNone), or where ids are equal.
 struct Excluded {
@@ -33,4 +33,4 @@ extern const Kernels kAvx2;
 extern const Kernels kAvx512;
 #endif
 
-}  // namespace vlmo_fast
+}  // namespace vlmo_fast::similarity

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from vlmo_fast.ops import _buckets, reference
+from vlmo_fast.ops import _attention_cpu, _buckets, reference
 from vlmo_fast.ops.dispatch import Problem, capability_of, select, triton_interprets
 
 __all__ = ["packed_attention"]
@@ -163,6 +163,10 @@ def _forward(
             stats = kernels.forward(query, key, value, segments, bias, max_length, cls_only, scale, alignment, out)
             return out, stats
         plan = _plan(segments, host_segments, len(key), bias, max_length)
+        if implementation == "cpu":
+            out = _room(query, _is_whole(plan, query, cls_only))
+            queries = _attention_cpu.first_tokens(segments) if cls_only else segments
+            return out, _attention_cpu.forward(query, key, value, queries, segments, bias, None, scale, out)
         out = _buckets.attend(query, key, value, plan, bias, cls_only, scale, implementation)
         return out, query.new_empty(0, dtype=torch.float32)
 
@@ -199,6 +203,15 @@ def _backward(
             )
             return d_query, d_key, d_value, query.new_empty(0) if d_bias is None else d_bias
         plan = _plan(segments, host_segments, len(key), bias, max_length)
+        if implementation == "cpu":
+            of_query = _room(query, _is_whole(plan, query, cls_only))
+            whole = _is_whole(plan, key, False)
+            gradients = of_query, _room(key, whole), _room(value, whole)
+            queries = _attention_cpu.first_tokens(segments) if cls_only else segments
+            d_bias = _attention_cpu.backward(
+                *(grad, query, key, value, queries, segments, bias, None, scale, stats, gradients, bias_grad)
+            )
+            return *gradients, d_bias
         return _buckets.attend_backward(grad, query, key, value, plan, bias, cls_only, scale, bias_grad)
 
 
@@ -215,8 +228,12 @@ def _facts(
     if segments.device.type != "cpu" and host_segments is None:
         return False, 1
     plan = _plan(segments, host_segments, len(key), bias, max_length)
-    whole = not plan.empty_sequences if cls_only else plan.num_tokens == len(query)
-    return whole, plan.place_alignment
+    return _is_whole(plan, query, cls_only), plan.place_alignment
+
+
+def _is_whole(plan: _buckets.Plan, rows: Tensor, cls_only: bool) -> bool:
+    """Whether each row belongs to a sequence."""
+    return not plan.empty_sequences if cls_only else plan.num_tokens == len(rows)
 
 
 def _room(like: Tensor, whole: bool) -> Tensor:
@@ -227,7 +244,7 @@ def _room(like: Tensor, whole: bool) -> Tensor:
 
 def _fake(query: Tensor, key: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     implementation = rest[-1]
-    stats = (2, key.shape[1], query.shape[0]) if implementation == "triton" else (0,)
+    stats = (2, key.shape[1], query.shape[0]) if implementation in ("triton", "cpu") else (0,)
     return query.new_empty(query.shape), query.new_empty(stats, dtype=torch.float32)
 
 

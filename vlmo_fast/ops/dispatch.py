@@ -180,6 +180,14 @@ def _cpu_extension(problem: Problem) -> tuple[bool, str]:
     return True, "blocks of rows: torch's matmuls, and between them one sweep in C++"
 
 
+def _cpu_attention(problem: Problem) -> tuple[bool, str]:
+    if problem.device != "cpu":
+        return False, "the cpu extension runs on a CPU"
+    if problem.dtype != torch.float32:
+        return False, "the cpu extension's attention takes float32"
+    return True, "C++, each head of each sequence in the core's cache; no scores are stored"
+
+
 def _cuda_tiles(first: int, last: int, what: str) -> Callable[[Problem], tuple[bool, str]]:
     """Tile kernels for devices of compute capability `first` to `last`."""
 
@@ -224,6 +232,7 @@ _LOG_SUM_EXP = (
 # In order of preference: "auto" takes the first that accepts the problem and is `automatic` there.
 _IMPLEMENTATIONS: dict[str, tuple[_Implementation, ...]] = {
     "attention": (
+        _Implementation("cpu", _cpu_attention, extension="cpu"),
         _Implementation(
             "sdpa",
             _takes_sdpa("torch's fused attention; no S x S scores in device memory where its kernels take the bias"),
@@ -233,6 +242,7 @@ _IMPLEMENTATIONS: dict[str, tuple[_Implementation, ...]] = {
         _Implementation("xformers", _takes_xformers, automatic=lambda problem: False),
     ),
     "packed_attention": (
+        _Implementation("cpu", _cpu_attention, extension="cpu"),
         _Implementation("triton", _triton_attention, _by_name),
         # Before torch's, which in half precision may be cuDNN's kernel: that plans anew for each shape, tens of
         # milliseconds, and lengths and numbers of sequences seldom come twice.
