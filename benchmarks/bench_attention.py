@@ -150,9 +150,9 @@ def bench_attention(bench: Bench, kind: str, count: int, mode: str) -> None:
         group.peer(name, function, layout=layout, oracle=padded_eager, **options)
 
     group.ours("ours", ours)
+    torchs = "bucketed" if backward else "sdpa"
+    group.ours("ours, torch's operators", lambda qkv, bias: ours(qkv, bias, torchs))
     if on_gpu:
-        torchs = "bucketed" if backward else "sdpa"
-        group.ours("ours, torch's operators", lambda qkv, bias: ours(qkv, bias, torchs))
         on_xformers = lambda qkv, bias: ours(qkv, bias, "xformers")
         group.ours("ours, on xformers", on_xformers, requires=("xformers",), may_refuse=(NotImplementedError,))
     peer("eager", padded_eager)
@@ -171,6 +171,8 @@ def bench_attention(bench: Bench, kind: str, count: int, mode: str) -> None:
     if on_gpu or bench.settings.profile != "cpu" or (kind, count) == ("pairs", 8):  # compiling may take a minute
         peer("FlexAttention", flex, make=True, slow_start=True, may_refuse=refusals)
     peer("xformers", xformers, make=True, requires=("xformers",), may_refuse=refusals)
+    if not on_gpu:
+        group.promise("ours", "eager", at_least=1.2, key="attention")
     if on_gpu and backward and (kind, count) == ("pairs", 256):
         group.promise("ours", "eager", at_least=3.0, key="gpu-attention")
         for name in ("SDPA, memory-efficient", "SDPA, cuDNN", "SDPA, math", "FlexAttention", "xformers"):

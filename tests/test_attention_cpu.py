@@ -230,6 +230,34 @@ def test_inputs_of_any_layout():
     )
 
 
+def test_defaults_of_torch_do_not_matter():
+    """Another default dtype, another default device."""
+    tensors, mask = padded(2, 9, 9)
+    packed, segments, longest = problem([(3, 4), (2, 0)], dtype=torch.float32, cls_only=True)
+
+    def run_both() -> list[Tensor]:
+        outs = (
+            ops.attention(*tensors, mask, backend="cpu"),
+            run(packed, segments, longest, cls_only=True, backend="cpu"),
+        )
+        return [
+            *outs,
+            *torch.autograd.grad(outs[0].sum(), tensors),
+            *torch.autograd.grad(outs[1].sum(), packed),
+        ]
+
+    wanted = run_both()
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(torch.float64)
+        with torch.device("meta"):
+            found = run_both()
+    finally:
+        torch.set_default_dtype(before)
+    for one, other in zip(found, wanted, strict=True):
+        assert torch.equal(one, other)
+
+
 # Under torch's tools (as the packed op in test_packed_attention.py)
 
 
@@ -287,6 +315,14 @@ def test_flop_formula():
     with FlopCounterMode(display=False) as counter:
         ops.attention(*tensors, mask, backend="cpu").sum().backward()
     assert counter.get_total_flops() == (4 + 10) * 2 * 3 * 4 * 5 * 8
+
+
+def test_chosen_where_it_gains(monkeypatch):
+    single = ops.Problem("cpu", torch.float32)
+    for has_avx2, wanted in ((True, ("cpu", "cpu")), (False, ("eager", "sdpa"))):
+        monkeypatch.setattr(dispatch, "_has_avx2", lambda has_avx2=has_avx2: has_avx2)
+        assert tuple(ops.select(op, single) for op in ("attention", "packed_attention")) == wanted
+        assert ops.select("attention", single, "cpu") == "cpu"
 
 
 def test_where_it_cannot_run(monkeypatch):

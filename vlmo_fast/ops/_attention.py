@@ -105,8 +105,8 @@ def _padded(rows: Tensor, like: Tensor) -> Tensor:
 def _table(x: Tensor) -> Tensor:
     """Of each of the B sequences of (B, H, S, d) its rows: (B, 2, 3) int32."""
     number, length = x.shape[0], x.shape[2]
-    table = torch.zeros(number, 2, 3, dtype=torch.int32)
-    table[:, 0, 0] = torch.arange(number, dtype=torch.int32) * length
+    table = x.new_zeros(number, 2, 3, dtype=torch.int32)
+    table[:, 0, 0] = torch.arange(number, dtype=torch.int32, device=x.device) * length
     table[:, 0, 1] = length
     return table
 
@@ -115,7 +115,7 @@ def _forward(
     query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, key_mask: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
     q, k, v = (_rows(x) for x in (query, key, value))
-    out = torch.empty(q.shape)
+    out = q.new_empty(q.shape)
     stats = _attention_cpu.forward(q, k, v, _table(query), _table(key), bias, key_mask, scale, out)
     return _padded(out, query), stats
 
@@ -132,7 +132,7 @@ def _backward(
     bias_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     go, q, k, v = (_rows(x) for x in (grad, query, key, value))
-    d_query, d_key, d_value = (torch.empty(x.shape) for x in (q, k, v))
+    d_query, d_key, d_value = (x.new_empty(x.shape) for x in (q, k, v))
     d_bias = _attention_cpu.backward(
         *(go, q, k, v, _table(query), _table(key), bias, key_mask, scale, stats),
         gradients=(d_query, d_key, d_value),

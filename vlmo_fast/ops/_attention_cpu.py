@@ -33,7 +33,7 @@ def first_tokens(segments: Tensor) -> Tensor:
     place = torch.where(text[:, 1] > 0, text[:, 2], image[:, 2])
     lengths = (text[:, 1] + image[:, 1]).clamp(max=1)
     table = torch.zeros_like(segments)
-    table[:, 0] = torch.stack([torch.arange(len(table), dtype=torch.int32), lengths, place], dim=1)
+    table[:, 0] = torch.stack([torch.arange(len(table), dtype=torch.int32, device="cpu"), lengths, place], dim=1)
     return table
 
 
@@ -65,7 +65,7 @@ def forward(
         (2, H, N_q) float32, of each query the largest score and the sum of exp(score - largest), for `backward`.
     """
     extensions.load("cpu")
-    stats = torch.empty(2, query.shape[1], len(query))
+    stats = query.new_empty(2, query.shape[1], len(query))
     torch.ops.vlmo_fast.attention_cpu_(
         *(_dense(query), _dense(key), _dense(value), queries.contiguous(), keys.contiguous(), _float(bias)),
         *(None if key_mask is None else key_mask.contiguous(), scale, out, stats),
@@ -107,7 +107,7 @@ def backward(
         The gradient of the bias in its dtype, summed over the sequences in their order; empty where it is not wanted.
     """
     extensions.load("cpu")
-    d_bias = torch.zeros(bias.shape) if bias is not None and bias_grad else None
+    d_bias = query.new_zeros(bias.shape) if bias is not None and bias_grad else None
     torch.ops.vlmo_fast.attention_backward_cpu_(
         *(_dense(grad), _dense(query), _dense(key), _dense(value), queries.contiguous(), keys.contiguous()),
         *(_float(bias), None if key_mask is None else key_mask.contiguous(), scale, stats, *gradients, d_bias),

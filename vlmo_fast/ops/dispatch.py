@@ -188,6 +188,16 @@ def _cpu_attention(problem: Problem) -> tuple[bool, str]:
     return True, "C++, each head of each sequence in the core's cache; no scores are stored"
 
 
+@constant
+def _has_avx2() -> bool:
+    return torch.backends.cpu.get_cpu_capability().startswith("AVX")
+
+
+def _where_it_gains(problem: Problem) -> bool:
+    """With the four lanes of older instruction sets torch's products are faster (docs/log.md); ARM was not measured."""
+    return _has_avx2()
+
+
 def _cuda_tiles(first: int, last: int, what: str) -> Callable[[Problem], tuple[bool, str]]:
     """Tile kernels for devices of compute capability `first` to `last`."""
 
@@ -232,17 +242,17 @@ _LOG_SUM_EXP = (
 # In order of preference: "auto" takes the first that accepts the problem and is `automatic` there.
 _IMPLEMENTATIONS: dict[str, tuple[_Implementation, ...]] = {
     "attention": (
-        _Implementation("cpu", _cpu_attention, extension="cpu"),
+        _Implementation("cpu", _cpu_attention, _where_it_gains, "cpu"),
         _Implementation(
             "sdpa",
             _takes_sdpa("torch's fused attention; no S x S scores in device memory where its kernels take the bias"),
             automatic=lambda problem: problem.device != "cpu",
         ),
-        _Implementation("eager", _everywhere("the reference; on a CPU the faster one (docs/log.md)")),
+        _Implementation("eager", _everywhere("the reference; on a CPU faster than torch's fused one")),
         _Implementation("xformers", _takes_xformers, automatic=lambda problem: False),
     ),
     "packed_attention": (
-        _Implementation("cpu", _cpu_attention, extension="cpu"),
+        _Implementation("cpu", _cpu_attention, _where_it_gains, "cpu"),
         _Implementation("triton", _triton_attention, _by_name),
         # Before torch's, which in half precision may be cuDNN's kernel: that plans anew for each shape, tens of
         # milliseconds, and lengths and numbers of sequences seldom come twice.
