@@ -7,9 +7,11 @@ import torch
 from torch._dynamo.testing import CompileCounter
 
 import vlmo_fast
-from vlmo_fast import MoMEConfig, MoMETransformer
+from vlmo_fast import MoMEConfig, MoMETransformer, ops
 from vlmo_fast.export import export_encoder, package_encoder, without_custom_ops
 from vlmo_fast.nn import ExpertFeedForward
+
+pytestmark = pytest.mark.usefixtures("cpu_extension")  # what is exported has its ops
 
 SIZES = {
     "hidden_size": 16,
@@ -121,6 +123,28 @@ def test_custom_ops_become_torchs_own():
     for size in (1, 4, 9):
         x = torch.randn(size, 5, 8)
         torch.testing.assert_close(program.module()(x), Pair()(x))
+
+
+def test_attention_becomes_torchs_own():
+    """As the model uses it: what follows reads the result as it lies in memory."""
+
+    class Layer(torch.nn.Module):
+        def forward(self, qkv: torch.Tensor, bias: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+            query, key, value = (x.transpose(1, 2) for x in qkv.unbind(2))
+            return ops.attention(query, key, value, bias, mask, backend="cpu").transpose(1, 2).flatten(0, 1)
+
+    def inputs(number: int) -> tuple[torch.Tensor, ...]:
+        return torch.randn(number, 5, 3, 2, 4), torch.randn(2, 5, 5), torch.rand(number, 5) > 0.3
+
+    batch = torch.export.Dim("batch", min=1, max=64)
+    with torch.no_grad():
+        program = torch.export.export(Layer(), inputs(4), dynamic_shapes=({0: batch}, None, {0: batch}), strict=True)
+    assert custom_ops(program)
+    program = without_custom_ops(program)
+    assert not custom_ops(program)
+    for number in (1, 4, 9):
+        given = inputs(number)
+        torch.testing.assert_close(program.module()(*given), Layer()(*given))
 
 
 def test_export_takes_heads_and_leaves_the_model_as_it_was():

@@ -312,6 +312,7 @@ def test_contrastive_loss_refuses_a_scale_of_many():
 @pytest.mark.usefixtures("cpu_extension")
 def test_automatic_choices(monkeypatch):
     """On a CPU the library in float32, else the reference; anywhere else torch's fused attention."""
+    monkeypatch.setattr(dispatch, "_has_avx2", lambda: True)
     assert ops.select("attention", ops.Problem("cpu", torch.float32)) == "cpu"
     monkeypatch.setattr(dispatch, "_is_built", lambda name: False)
     for dtype in (torch.float32, torch.bfloat16, torch.float64):

@@ -55,45 +55,49 @@ int64_t longest_of(const std::vector<Sequence>& sequences) {
   return longest;
 }
 
-// The inputs, head by head.
-struct Batch {
-  Batch(const Tensor& query, const Tensor& key, const Tensor& value, const std::optional<Tensor>& bias, double scale)
-      : query(query), key(key), value(value), bias(bias), scale(static_cast<float>(scale)) {
-    check(query, "query", ScalarType::Float, 3);
-    check(key, "key", ScalarType::Float, 3);
-    check(value, "value", ScalarType::Float, 3);
-    if (bias) check(*bias, "bias", ScalarType::Float, 3);
-  }
+// A tensor (rows, H, d) or (H, rows, d), as its heads. Made before threads start: a look for its memory may move it.
+struct Heads {
+  float* data = nullptr;
+  int64_t head = 0, row = 0;  // strides
 
-  static Rows rows(const Tensor& tensor, int64_t head) {
-    return {static_cast<const float*>(tensor.data_ptr()) + head * tensor.stride(1), tensor.stride(0)};
-  }
+  const float* begin(int64_t h) const { return data ? data + h * head : nullptr; }
+  Rows rows(int64_t h) const { return {data + h * head, row}; }
+  MutableRows mutable_rows(int64_t h) const { return {data + h * head, row}; }
+};
 
-  static MutableRows mutable_rows(const Tensor& tensor, int64_t head) {
-    return {static_cast<float*>(tensor.data_ptr()) + head * tensor.stride(1), tensor.stride(0)};
-  }
+Heads rows_of(const Tensor& tensor, const char* name) {
+  check(tensor, name, ScalarType::Float, 3);
+  return {static_cast<float*>(tensor.data_ptr()), tensor.stride(1), tensor.stride(0)};
+}
+
+Heads bias_of(const std::optional<Tensor>& tensor, const char* name) {
+  if (!tensor) return {};
+  check(*tensor, name, ScalarType::Float, 3);
+  return {static_cast<float*>(tensor->data_ptr()), tensor->stride(0), tensor->stride(1)};
+}
+
+struct Inputs {
+  Heads query, key, value, bias;
+  int64_t width;
+  float scale;
 
   Head head(int64_t h) const {
-    Head head{rows(query, h), rows(key, h), rows(value, h), key.size(2), nullptr, 0, scale};
-    if (bias) {
-      head.bias = static_cast<const float*>(bias->data_ptr()) + h * bias->stride(0);
-      head.pitch = bias->stride(1);
-    }
-    return head;
+    return {query.rows(h), key.rows(h), value.rows(h), width, bias.begin(h), bias.row, scale};
   }
-
-  const Tensor& query;
-  const Tensor& key;
-  const Tensor& value;
-  const std::optional<Tensor>& bias;
-  float scale;
 };
 
 // (2, H, rows of the query), contiguous.
-Stats stats_of(const Tensor& stats, int64_t head) {
-  auto* data = static_cast<float*>(stats.data_ptr());
-  return {data + stats.stride(1) * head, data + stats.stride(0) + stats.stride(1) * head};
-}
+struct AllStats {
+  explicit AllStats(const Tensor& tensor)
+      : data(static_cast<float*>(tensor.data_ptr())), part(tensor.stride(0)), head(tensor.stride(1)) {
+    check(tensor, "stats", ScalarType::Float, 3);
+  }
+
+  Stats of(int64_t h) const { return {data + h * head, data + part + h * head}; }
+
+  float* data;
+  int64_t part, head;
+};
 
 int64_t grain_of(const std::vector<Sequence>& sequences, int64_t width, int64_t together) {
   double work = 1;
@@ -103,18 +107,19 @@ int64_t grain_of(const std::vector<Sequence>& sequences, int64_t width, int64_t 
 
 void forward(Tensor query, Tensor key, Tensor value, Tensor queries, Tensor keys, std::optional<Tensor> bias,
              std::optional<Tensor> key_mask, double scale, Tensor out, Tensor stats) {
-  const Batch batch(query, key, value, bias, scale);
-  check(out, "out", ScalarType::Float, 3);
-  check(stats, "stats", ScalarType::Float, 3);
+  const int64_t heads = key.size(1), width = key.size(2);
+  const Inputs inputs{rows_of(query, "query"), rows_of(key, "key"), rows_of(value, "value"), bias_of(bias, "bias"), width,
+                      static_cast<float>(scale)};
+  const Heads results = rows_of(out, "out");
+  const AllStats all_stats(stats);
   const std::vector<Sequence> sequences = sequences_of(queries, keys, key_mask);
-  const int64_t heads = key.size(1), width = key.size(2), longest = longest_of(sequences);
-  const int64_t tasks = heads * static_cast<int64_t>(sequences.size());
+  const int64_t longest = longest_of(sequences), tasks = heads * static_cast<int64_t>(sequences.size());
   const Kernels& kernels = *capability().attention;
   torch::stable::parallel_for(0, tasks, grain_of(sequences, width, 1), [&](int64_t begin, int64_t end) {
     std::vector<float> room(kernels.room(longest, width));
     for (int64_t task = begin; task < end; ++task) {
       const int64_t h = task % heads;
-      kernels.forward(batch.head(h), sequences[task / heads], Batch::mutable_rows(out, h), stats_of(stats, h), room.data());
+      kernels.forward(inputs.head(h), sequences[task / heads], results.mutable_rows(h), all_stats.of(h), room.data());
     }
   });
 }
@@ -122,33 +127,31 @@ void forward(Tensor query, Tensor key, Tensor value, Tensor queries, Tensor keys
 void backward(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor queries, Tensor keys,
               std::optional<Tensor> bias, std::optional<Tensor> key_mask, double scale, Tensor stats, Tensor d_query,
               Tensor d_key, Tensor d_value, std::optional<Tensor> d_bias) {
-  const Batch batch(query, key, value, bias, scale);
-  check(grad, "grad", ScalarType::Float, 3);
-  check(stats, "stats", ScalarType::Float, 3);
-  check(d_query, "d_query", ScalarType::Float, 3);
-  check(d_key, "d_key", ScalarType::Float, 3);
-  check(d_value, "d_value", ScalarType::Float, 3);
-  if (d_bias) check(*d_bias, "d_bias", ScalarType::Float, 3);
+  const int64_t heads = key.size(1), width = key.size(2);
+  const Inputs inputs{rows_of(query, "query"), rows_of(key, "key"), rows_of(value, "value"), bias_of(bias, "bias"), width,
+                      static_cast<float>(scale)};
+  const Heads grads = rows_of(grad, "grad"), of_query = rows_of(d_query, "d_query"), of_key = rows_of(d_key, "d_key"),
+              of_value = rows_of(d_value, "d_value"), of_bias = bias_of(d_bias, "d_bias");
+  const AllStats all_stats(stats);
   const std::vector<Sequence> sequences = sequences_of(queries, keys, key_mask);
-  const int64_t heads = key.size(1), width = key.size(2), longest = longest_of(sequences);
+  const int64_t longest = longest_of(sequences);
   const Kernels& kernels = *capability().attention;
-  const auto work = [&](int64_t h, const Sequence& sequence, float* room) {
-    Gradients gradients{Batch::rows(grad, h), Batch::mutable_rows(d_query, h), Batch::mutable_rows(d_key, h),
-                        Batch::mutable_rows(d_value, h), nullptr, 0};
-    if (d_bias) {
-      gradients.bias = static_cast<float*>(d_bias->data_ptr()) + h * d_bias->stride(0);
-      gradients.pitch = d_bias->stride(1);
-    }
-    kernels.backward(batch.head(h), sequence, stats_of(stats, h), gradients, room);
-  };
   // A head's gradient of the bias is the sum over the sequences in their order, so one thread adds it up.
   const int64_t number = static_cast<int64_t>(sequences.size()), together = d_bias ? std::max<int64_t>(number, 1) : 1;
   const int64_t tasks = heads * number / together;
   torch::stable::parallel_for(0, tasks, grain_of(sequences, width, together), [&](int64_t begin, int64_t end) {
     std::vector<float> room(kernels.room(longest, width));
     for (int64_t task = begin; task < end; ++task) {
-      const int64_t first = task / heads * together;
-      for (int64_t s = first; s < first + together; ++s) work(task % heads, sequences[s], room.data());
+      const int64_t h = task % heads, first = task / heads * together;
+      const Gradients gradients{grads.rows(h),
+                                of_query.mutable_rows(h),
+                                of_key.mutable_rows(h),
+                                of_value.mutable_rows(h),
+                                of_bias.data ? of_bias.data + h * of_bias.head : nullptr,
+                                of_bias.row};
+      for (int64_t s = first; s < first + together; ++s) {
+        kernels.backward(inputs.head(h), sequences[s], all_stats.of(h), gradients, room.data());
+      }
     }
   });
 }

@@ -45,6 +45,7 @@ def attention(
         ValueError: shapes disagree, or the backend is unknown.
         TypeError: dtypes disagree.
         NotImplementedError: the backend cannot run here (names those that can), or has no second derivative.
+        ImportError: the backend must be built first; names the command.
     """
     if query.ndim != 4 or key.ndim != 4 or key.shape != value.shape or query.shape[:2] != key.shape[:2]:
         raise ValueError(
@@ -93,13 +94,14 @@ def attention(
 
 
 def _rows(x: Tensor) -> Tensor:
-    """(B, H, S, d) as (B S, H, d): a view where a projection made it."""
+    """(B, H, S, d) as (B S, H, d): a view where a projection made it, or `_empty`."""
     return x.transpose(1, 2).flatten(0, 1)
 
 
-def _padded(rows: Tensor, like: Tensor) -> Tensor:
-    """(B S, H, d) as (B, H, S, d), a view."""
-    return rows.view(like.shape[0], like.shape[2], *rows.shape[1:]).transpose(1, 2)
+def _empty(like: Tensor) -> Tensor:
+    """An empty (B, H, S, d) that lies as (B, S, H, d) does; no view, which autograd would not let change in place."""
+    _number, heads, length, width = like.shape
+    return like.new_empty_strided(like.shape, (length * heads * width, width, heads * width, 1))
 
 
 def _table(x: Tensor) -> Tensor:
@@ -115,9 +117,9 @@ def _forward(
     query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, key_mask: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
     q, k, v = (_rows(x) for x in (query, key, value))
-    out = q.new_empty(q.shape)
-    stats = _attention_cpu.forward(q, k, v, _table(query), _table(key), bias, key_mask, scale, out)
-    return _padded(out, query), stats
+    out = _empty(query)
+    stats = _attention_cpu.forward(q, k, v, _table(query), _table(key), bias, key_mask, scale, _rows(out))
+    return out, stats
 
 
 def _backward(
@@ -132,18 +134,13 @@ def _backward(
     bias_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     go, q, k, v = (_rows(x) for x in (grad, query, key, value))
-    d_query, d_key, d_value = (x.new_empty(x.shape) for x in (q, k, v))
+    d_query, d_key, d_value = (_empty(x) for x in (query, key, value))
     d_bias = _attention_cpu.backward(
         *(go, q, k, v, _table(query), _table(key), bias, key_mask, scale, stats),
-        gradients=(d_query, d_key, d_value),
+        gradients=(_rows(d_query), _rows(d_key), _rows(d_value)),
         bias_grad=bias_grad,
     )
-    return _padded(d_query, query), _padded(d_key, key), _padded(d_value, key), d_bias
-
-
-def _empty(like: Tensor) -> Tensor:
-    number, heads, length, width = like.shape
-    return like.new_empty(number, length, heads, width).transpose(1, 2)
+    return d_query, d_key, d_value, d_bias
 
 
 def _fake(query: Tensor, *_: Any) -> tuple[Tensor, Tensor]:

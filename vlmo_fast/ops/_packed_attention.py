@@ -60,6 +60,7 @@ def packed_attention(
             the backend is unknown.
         TypeError: dtypes disagree.
         NotImplementedError: the backend cannot run here (names those that can), or has no second derivative.
+        ImportError: the backend must be built first; names the command.
     """
     _validate(query, key, value, segments, bias, host_segments, cls_only)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
