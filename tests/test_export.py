@@ -134,7 +134,9 @@ def test_attention_becomes_torchs_own():
             return ops.attention(query, key, value, bias, mask, backend="cpu").transpose(1, 2).flatten(0, 1)
 
     def inputs(number: int) -> tuple[torch.Tensor, ...]:
-        return torch.randn(number, 5, 3, 2, 4), torch.randn(2, 5, 5), torch.rand(number, 5) > 0.3
+        mask = torch.rand(number, 5) > 0.3
+        mask[:, 0] = True
+        return torch.randn(number, 5, 3, 2, 4), torch.randn(2, 5, 5), mask
 
     batch = torch.export.Dim("batch", min=1, max=64)
     with torch.no_grad():
