@@ -41,7 +41,7 @@ def padded(
     return [x.detach().requires_grad_() for x in tensors], visible
 
 
-DRAWS = 6  # the library adds up in another order than eager, and these problems are small
+DRAWS = 24  # the library adds up in another order than eager, and these problems are small
 
 
 def check_draws(
