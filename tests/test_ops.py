@@ -332,9 +332,7 @@ def test_explicit_choices():
 def test_xformers_is_chosen_by_name_alone(monkeypatch):
     """By `attention`, and only where it can run; otherwise the refusal says why and what can."""
     monkeypatch.setattr(dispatch, "_is_built", lambda name: False)
-    with pytest.raises(
-        NotImplementedError, match=r"xformers runs on CUDA devices, not on cpu\); these can: \['sdpa'"
-    ):
+    with pytest.raises(NotImplementedError, match=r"xformers runs on CUDA devices, not on cpu\); these can: \['sdpa'"):
         ops.select("attention", ops.Problem("cpu", torch.float32), "xformers")
     cuda = ops.Problem("cuda", torch.bfloat16)
     monkeypatch.setattr(dispatch, "find_spec", lambda name: name)
