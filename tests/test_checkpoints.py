@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 import vlmo_fast
-from vlmo_fast.checkpoints import (
+from vlmo_fast.formats.official import (
     IGNORED,
     load_official,
     official_names,
@@ -724,7 +724,7 @@ def test_another_number_of_answers():
 
 
 def test_fresh_heads_are_drawn_as_in_a_new_model(caplog):
-    with caplog.at_level(logging.WARNING, "vlmo_fast.checkpoints"):
+    with caplog.at_level(logging.WARNING, "vlmo_fast.formats.official"):
         model = load(filled("textmlm", "tiny_rel"), "tiny_rel", task="pretrain", num_vl_layers=2)
     for line in ("pretrain model from a text checkpoint", "fresh:", "itm_head.weight", "experts.vl.fc1.weight"):
         assert line in caplog.text

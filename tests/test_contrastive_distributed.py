@@ -14,8 +14,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from vlmo_fast import ops
 from vlmo_fast.distributed import Ranks, average_gradients, fetch_samples, gather, pass_on
-from vlmo_fast.gradcache import cached_backward
 from vlmo_fast.ops import _contrastive, reference
+from vlmo_fast.training.gradcache import cached_backward
 
 PAIRS, WIDTH = 6, 5  # on each rank
 

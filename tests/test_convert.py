@@ -15,7 +15,7 @@ from transformers import AutoProcessor, BeitForImageClassification
 
 import vlmo_fast
 from vlmo_fast import convert
-from vlmo_fast.checkpoints import IGNORED, official_state_dict, open_saved
+from vlmo_fast.formats.official import IGNORED, official_state_dict, open_saved
 
 ROOT = Path(__file__).parents[1]
 HEADS = ("--num-attention-heads", "2")

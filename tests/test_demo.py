@@ -12,7 +12,7 @@ from transformers import TrainingArguments
 
 import vlmo_fast
 from vlmo_fast import demo
-from vlmo_fast.data.scenes import ONE_IMAGE_STATEMENT_TYPES, STATEMENT_TYPES
+from vlmo_fast.data.synthetic.scenes import ONE_IMAGE_STATEMENT_TYPES, STATEMENT_TYPES
 from vlmo_fast.demo.recipe import (
     DemoData,
     DemoTrainer,

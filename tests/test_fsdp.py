@@ -8,7 +8,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
 import vlmo_fast
-from vlmo_fast.fsdp import shard
+from vlmo_fast.training.fsdp import shard
 
 SIZES = {
     "hidden_size": 16,

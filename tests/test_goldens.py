@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 import vlmo_fast
 from vlmo_fast import losses, ops
-from vlmo_fast.checkpoints import official_names
+from vlmo_fast.formats.official import official_names
 from vlmo_fast.positions import geometric_distances, resize_absolute_positions, resize_relative_bias_table
 
 MODELS = ("tiny_rel_hot", "tiny_abs_std")

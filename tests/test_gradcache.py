@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vlmo_fast import MoMEConfig, MoMETransformer, ops
-from vlmo_fast.gradcache import cached_backward
+from vlmo_fast.training.gradcache import cached_backward
 
 COUNT = 11
 SMALL = {

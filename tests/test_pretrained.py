@@ -18,8 +18,9 @@ from transformers import (
 )
 
 import vlmo_fast
+from vlmo_fast.formats.beit import load_beit, open_beit
+from vlmo_fast.formats.bert import load_bert_embeddings
 from vlmo_fast.positions import resize_relative_bias_table
-from vlmo_fast.pretrained import load_beit, load_bert_embeddings, open_beit
 
 SIZES = {
     "hidden_size": 32,

@@ -26,7 +26,7 @@ from vlmo_fast.data import (
     statement_oracles,
     tokenize,
 )
-from vlmo_fast.data.scenes import ONE_IMAGE_STATEMENT_TYPES, STATEMENT_TYPES
+from vlmo_fast.data.synthetic.scenes import ONE_IMAGE_STATEMENT_TYPES, STATEMENT_TYPES
 
 NAMES = (
     "apple", "boat", "cup", "door", "egg", "flag", "gate", "hat",
@@ -474,7 +474,7 @@ def test_emoji_fill_their_squares_and_differ() -> None:
 
 def test_emoji_names_are_cldr_short_names() -> None:
     emoji = pytest.importorskip("emoji", reason="pip install emoji")
-    from vlmo_fast.data.scenes import _EMOJI
+    from vlmo_fast.data.synthetic.scenes import _EMOJI
 
     for name, character in _EMOJI.items():
         assert emoji.emojize(f":{name}:").rstrip("\N{VARIATION SELECTOR-16}") == character

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from vlmo_fast import MoMEConfig, MoMETransformer, pack, serving
-from vlmo_fast.serving import Captured
+from vlmo_fast import MoMEConfig, MoMETransformer, pack
+from vlmo_fast.serving import Captured, graphs
 
 CONFIG = MoMEConfig(
     hidden_size=32, num_hidden_layers=3, num_attention_heads=2, num_vl_layers=1, image_size=32, vocab_size=50
@@ -26,7 +26,7 @@ class Scale(nn.Module):
         return {"y": self.weight * x * (2 if twice else 1)}
 
 
-class FakeRecording(serving._Recording):
+class FakeRecording(graphs._Recording):
     """As the real one, but for the graph: its replay calls the module on the buffers, and fills the same results."""
 
     made = 0
@@ -45,7 +45,7 @@ class FakeRecording(serving._Recording):
 
 @pytest.fixture
 def recorded(monkeypatch: pytest.MonkeyPatch) -> type[FakeRecording]:
-    monkeypatch.setattr(serving, "_Recording", FakeRecording)
+    monkeypatch.setattr(graphs, "_Recording", FakeRecording)
     monkeypatch.setattr(Captured, "_records", lambda self, device: True)
     FakeRecording.made = 0
     return FakeRecording

@@ -8,8 +8,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from vlmo_fast.checkpoints import load_official, save_official
     from vlmo_fast.config import MoMEConfig
+    from vlmo_fast.formats.beit import load_beit
+    from vlmo_fast.formats.bert import load_bert_embeddings
+    from vlmo_fast.formats.official import load_official, save_official
     from vlmo_fast.hf.configuration import VLMoConfig
     from vlmo_fast.hf.modeling import (
         VLMoForImageClassification,
@@ -24,7 +26,6 @@ if TYPE_CHECKING:
     from vlmo_fast.hf.processing import VLMoImageProcessor, VLMoProcessor
     from vlmo_fast.model import MoMEOutput, MoMETransformer, PackedOutput
     from vlmo_fast.packing import PackedLayout, pack
-    from vlmo_fast.pretrained import load_beit, load_bert_embeddings
 
     __version__: str
 
@@ -56,8 +57,9 @@ _NAMES_OF_MODULE = {
     "vlmo_fast.config": ("MoMEConfig",),
     "vlmo_fast.model": ("MoMETransformer", "MoMEOutput", "PackedOutput"),
     "vlmo_fast.packing": ("PackedLayout", "pack"),
-    "vlmo_fast.checkpoints": ("load_official", "save_official"),
-    "vlmo_fast.pretrained": ("load_beit", "load_bert_embeddings"),
+    "vlmo_fast.formats.official": ("load_official", "save_official"),
+    "vlmo_fast.formats.beit": ("load_beit",),
+    "vlmo_fast.formats.bert": ("load_bert_embeddings",),
     "vlmo_fast.hf.configuration": ("VLMoConfig",),
     "vlmo_fast.hf.processing": ("VLMoImageProcessor", "VLMoProcessor"),
     "vlmo_fast.hf.modeling": (

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from vlmo_fast.checkpoints import Conversion
+    from vlmo_fast.formats.official import Conversion
     from vlmo_fast.hf.modeling import VLMoPreTrainedModel
     from vlmo_fast.hf.processing import VLMoProcessor
 
@@ -103,9 +103,9 @@ def _run(args: argparse.Namespace) -> dict[str, Any]:
 
     import torch
 
-    from vlmo_fast._files import write_whole
-    from vlmo_fast.checkpoints import save_official
-    from vlmo_fast.pretrained import load_bert_embeddings
+    from vlmo_fast.files import write_whole
+    from vlmo_fast.formats.bert import load_bert_embeddings
+    from vlmo_fast.formats.official import save_official
 
     torch.manual_seed(args.seed)
     settings = {
@@ -160,9 +160,9 @@ def _save(model: VLMoPreTrainedModel, processor: VLMoProcessor | None, folder: P
 
 
 def _open(args: argparse.Namespace, settings: dict[str, Any]) -> Conversion:
-    from vlmo_fast._files import read_tensors
-    from vlmo_fast.checkpoints import open_official, open_saved
-    from vlmo_fast.pretrained import open_beit
+    from vlmo_fast.files import read_tensors
+    from vlmo_fast.formats.beit import open_beit
+    from vlmo_fast.formats.official import open_official, open_saved
 
     options = {"task": args.task, "image_size": args.image_size, **settings}
     kind = None

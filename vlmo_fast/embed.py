@@ -229,7 +229,7 @@ def _part_path(folder: Path, part: tuple[str, int]) -> Path:
 def _save_part(folder: Path, part: tuple[str, int], embeds: Tensor, kept: Tensor) -> None:
     from safetensors.torch import save_file
 
-    from vlmo_fast._files import write_whole
+    from vlmo_fast.files import write_whole
 
     write_whole(_part_path(folder, part), lambda path: save_file({"embeds": embeds, "kept": kept}, path))
 
@@ -251,7 +251,7 @@ def _collect(folder: Path, plan: Plan) -> tuple[dict[str, Tensor], dict[str, lis
 
 
 def _write(out: Path, embeds: dict[str, Tensor], kept: dict[str, list[str]]) -> None:
-    from vlmo_fast._files import write_whole
+    from vlmo_fast.files import write_whole
 
     if out.suffix == ".safetensors":
         from safetensors.torch import save_file
@@ -308,7 +308,7 @@ def _load(args: argparse.Namespace) -> tuple[VLMoPreTrainedModel, VLMoProcessor]
     from vlmo_fast.hf.processing import VLMoProcessor
 
     if args.model.is_dir():
-        from vlmo_fast.checkpoints import open_saved
+        from vlmo_fast.formats.official import open_saved
 
         model = open_saved(args.model).build()
     else:

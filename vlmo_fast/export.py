@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from vlmo_fast import ops
-from vlmo_fast._files import write_whole
+from vlmo_fast.files import write_whole
 from vlmo_fast.model import MoMETransformer
 from vlmo_fast.ops import reference
 

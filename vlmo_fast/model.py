@@ -32,7 +32,7 @@ from vlmo_fast.config import MoMEConfig
 from vlmo_fast.ops._linear import linear
 from vlmo_fast.packing import Groups, LayerRows, PackedLayout, PaddedRows, pack
 from vlmo_fast.positions import LayerBiases, RelativePositionBias, resize_absolute_positions
-from vlmo_fast.serving import Captured
+from vlmo_fast.serving.graphs import Captured
 
 __all__ = ["MoMEOutput", "MoMETransformer", "PackedOutput"]
 

@@ -1,8 +1,8 @@
-"""Data of the demo: synthetic scenes and the third-party easy-VQA. Needs NumPy; Pillow only to decode and render."""
+"""Data: scenes made here, and readers of data sets made elsewhere. Needs NumPy; Pillow to decode and render."""
 
-from .easy_vqa import EasyVQA, easy_vqa_baselines, load_easy_vqa
 from .oracles import expected_recall, majority_accuracy
-from .scenes import (
+from .readers.easy_vqa import EasyVQA, easy_vqa_baselines, load_easy_vqa
+from .synthetic.scenes import (
     ATTRIBUTION,
     Captions,
     Questions,

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from vlmo_fast.data.scenes import Split
+    from vlmo_fast.data.synthetic.scenes import Split
     from vlmo_fast.demo.recipe import Recipe
     from vlmo_fast.demo.results import DemoResults
 
@@ -84,7 +84,7 @@ def run(recipe: Recipe, output_dir: Path, *, split: Split = "test") -> DemoResul
     import torch
 
     from vlmo_fast import ops
-    from vlmo_fast.data.scenes import ATTRIBUTION
+    from vlmo_fast.data.synthetic.scenes import ATTRIBUTION
     from vlmo_fast.demo import evaluate
     from vlmo_fast.demo.recipe import DemoData, train
     from vlmo_fast.demo.results import DemoResults

@@ -21,7 +21,7 @@ from vlmo_fast.data import (
     question_oracles,
     statement_oracles,
 )
-from vlmo_fast.data.scenes import RELATIONS, Split
+from vlmo_fast.data.synthetic.scenes import RELATIONS, Split
 from vlmo_fast.demo.recipe import DemoData, DemoNetwork, encode_images
 from vlmo_fast.demo.results import (
     CaptionExample,

@@ -28,8 +28,8 @@ from transformers import BertTokenizer, Trainer, TrainingArguments
 from transformers.modeling_outputs import ModelOutput
 
 from vlmo_fast.data import EasyVQA, SceneWorld, emoji_sprites, load_easy_vqa, tokenize
-from vlmo_fast.data.easy_vqa import COLOURS, SHAPES
-from vlmo_fast.data.scenes import STATEMENT_TYPES
+from vlmo_fast.data.readers.easy_vqa import COLOURS, SHAPES
+from vlmo_fast.data.synthetic.scenes import STATEMENT_TYPES
 from vlmo_fast.hf.configuration import VLMoConfig
 from vlmo_fast.hf.modeling import (
     VLMoForImageClassification,

@@ -60,7 +60,7 @@ def write_report(results: DemoResults, path: Path) -> None:
     Raises:
         ImportError: Pillow is missing; names the command that installs it.
     """
-    from vlmo_fast._files import write_whole  # imports torch, which making a page does not need
+    from vlmo_fast.files import write_whole  # imports torch, which making a page does not need
 
     page = _page(results)
 

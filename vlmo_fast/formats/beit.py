@@ -1,4 +1,4 @@
-"""Weights of other networks that VLMo's stages start from: BEiT for images, BERT for words.
+"""BEiT, which VLMo's first stage is.
 
 VLMo's first stage is BEiT (arXiv:2106.08254): its attention, its feed-forward networks and its positions become the
 shared attention, the vision experts and the image rows of the relative table. Two spellings of BEiT are known: that of
@@ -19,15 +19,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from vlmo_fast._files import read_tensors
-from vlmo_fast.checkpoints import TASKS, Conversion, check_tensors, fit
 from vlmo_fast.config import MoMEConfig
+from vlmo_fast.files import read_tensors
+from vlmo_fast.formats.official import TASKS, Conversion, check_tensors, fit
 from vlmo_fast.positions import num_relative_positions
 
 if TYPE_CHECKING:
     from vlmo_fast.hf.modeling import VLMoPreTrainedModel
 
-__all__ = ["load_beit", "load_bert_embeddings", "open_beit"]
+__all__ = ["load_beit", "open_beit"]
 
 TABLE = "relative_position_bias_table"
 POSITIONS = "backbone.relative_position_bias.table"
@@ -139,50 +139,6 @@ def open_beit(
     conversion = fit("load_beit", "beit", state, origin, own, task, config, unused)
     report = replace(conversion.report, taken=conversion.report.taken - 1, fresh=(TYPES, *conversion.report.fresh))
     return replace(conversion, report=report)
-
-
-def load_bert_embeddings(
-    model: VLMoPreTrainedModel | nn.Module, source: str | os.PathLike[str] | Mapping[str, Any] | nn.Module
-) -> tuple[str, ...]:
-    """Give a model the embeddings of a BERT: words, token types and norm, and positions where the model adds them.
-
-    Args:
-        model: a `VLMoFor...` or a `MoMETransformer`; changed in place. Its width and vocabulary must be BERT's.
-        source: a BERT file, folder, instance or dictionary of tensors, with or without a head.
-
-    Returns:
-        Names of the model's tensors that were set.
-
-    Raises:
-        ValueError: not a BERT, or it does not fit the model; the message lists the tensors. Nothing is changed then.
-        FileNotFoundError: there is no such file.
-    """
-    tensors = read_tensors(source.state_dict() if isinstance(source, nn.Module) else source, "load_bert_embeddings")
-    embeddings = {}
-    for name, tensor in tensors.items():
-        last = re.fullmatch(r"(?:.*\.)?embeddings\.(\w+)\.(weight|gamma|bias|beta)", name)
-        if last:
-            part = {"gamma": "weight", "beta": "bias"}.get(last[2], last[2])
-            embeddings[f"{last[1]}.{part}"] = tensor
-    target: Any = getattr(model, "backbone", model).text_embeddings
-    wanted = {
-        "word_embeddings.weight": target.word_embeddings.weight,
-        "token_type_embeddings.weight": target.token_type_embeddings.weight,
-        "LayerNorm.weight": target.norm.weight,
-        "LayerNorm.bias": target.norm.bias,
-    }
-    if target.adds_positions:
-        wanted["position_embeddings.weight"] = target.position_embeddings.weight
-        positions = embeddings.get("position_embeddings.weight")
-        if positions is not None and positions.ndim == 2:
-            embeddings["position_embeddings.weight"] = positions[: len(target.position_embeddings.weight)]
-    shapes = {name: parameter.shape for name, parameter in wanted.items()}
-    check_tensors(embeddings, shapes, ("position_embeddings.weight",), "load_bert_embeddings: the BERT")
-    with torch.no_grad():
-        for name, parameter in wanted.items():
-            parameter.copy_(embeddings[name])
-    by_identity = {id(parameter): name for name, parameter in model.named_parameters()}
-    return tuple(by_identity[id(parameter)] for parameter in wanted.values())
 
 
 def _configuration(source: Any) -> dict[str, Any]:

@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from vlmo_fast._files import read_tensors, write_whole
 from vlmo_fast.config import PRESETS, MoMEConfig
+from vlmo_fast.files import read_tensors, write_whole
 from vlmo_fast.positions import resize_absolute_positions, resize_relative_bias_table
 
 if TYPE_CHECKING:

@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias, cast, get_args
 import numpy as np
 import numpy.typing as npt
 
-from .oracles import majority_accuracy
+from vlmo_fast.data.oracles import majority_accuracy
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from .oracles import majority_accuracy
+from vlmo_fast.data.oracles import majority_accuracy
 
 if TYPE_CHECKING:
     from importlib.resources.abc import Traversable

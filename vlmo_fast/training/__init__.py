@@ -1,0 +1,1 @@
+"""Training: a batch in chunks, parameters sharded over processes."""
