@@ -4,8 +4,7 @@ import math
 
 import numpy as np
 
-from vlmo_fast.data import ATTRIBUTION, Captions, Questions, SceneWorld, shape_sprites
-from vlmo_fast.data.synthetic.scenes import Statements
+from vlmo_fast.data.synthetic.scenes import ATTRIBUTION, Captions, Questions, SceneWorld, Statements, shape_sprites
 from vlmo_fast.demo.results import (
     CaptionExample,
     DemoResults,

@@ -5,9 +5,14 @@ import sys
 import numpy as np
 import pytest
 
-from vlmo_fast.data import EasyVQA, easy_vqa_baselines, load_easy_vqa
 from vlmo_fast.data.readers import easy_vqa
-from vlmo_fast.data.readers.easy_vqa import question_majority_accuracy, question_type
+from vlmo_fast.data.readers.easy_vqa import (
+    EasyVQA,
+    easy_vqa_baselines,
+    load_easy_vqa,
+    question_majority_accuracy,
+    question_type,
+)
 
 package = pytest.importorskip("easy_vqa", reason="pip install easy-vqa")
 pytest.importorskip("PIL", reason="pip install pillow")

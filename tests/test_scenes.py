@@ -12,21 +12,21 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from vlmo_fast.data import (
+from vlmo_fast.data.oracles import expected_recall, majority_accuracy
+from vlmo_fast.data.synthetic.scenes import (
+    ONE_IMAGE_STATEMENT_TYPES,
+    STATEMENT_TYPES,
     Captions,
     Questions,
     SceneWorld,
     Sprites,
     Statements,
     emoji_sprites,
-    expected_recall,
-    majority_accuracy,
     question_oracles,
     shape_sprites,
     statement_oracles,
     tokenize,
 )
-from vlmo_fast.data.synthetic.scenes import ONE_IMAGE_STATEMENT_TYPES, STATEMENT_TYPES
 
 NAMES = (
     "apple", "boat", "cup", "door", "egg", "flag", "gate", "hat",

@@ -11,17 +11,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vlmo_fast.data import (
+from vlmo_fast.data.oracles import expected_recall
+from vlmo_fast.data.readers.easy_vqa import EasyVQA, easy_vqa_baselines
+from vlmo_fast.data.synthetic.scenes import (
+    RELATIONS,
     Captions,
-    EasyVQA,
     Questions,
+    Split,
     Statements,
-    easy_vqa_baselines,
-    expected_recall,
     question_oracles,
     statement_oracles,
 )
-from vlmo_fast.data.synthetic.scenes import RELATIONS, Split
 from vlmo_fast.demo.recipe import DemoData, DemoNetwork, encode_images
 from vlmo_fast.demo.results import (
     CaptionExample,

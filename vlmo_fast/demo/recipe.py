@@ -27,9 +27,8 @@ from torch.utils.data import IterableDataset
 from transformers import BertTokenizer, Trainer, TrainingArguments
 from transformers.modeling_outputs import ModelOutput
 
-from vlmo_fast.data import EasyVQA, SceneWorld, emoji_sprites, load_easy_vqa, tokenize
-from vlmo_fast.data.readers.easy_vqa import COLOURS, SHAPES
-from vlmo_fast.data.synthetic.scenes import STATEMENT_TYPES
+from vlmo_fast.data.readers.easy_vqa import COLOURS, SHAPES, EasyVQA, load_easy_vqa
+from vlmo_fast.data.synthetic.scenes import STATEMENT_TYPES, SceneWorld, emoji_sprites, tokenize
 from vlmo_fast.hf.configuration import VLMoConfig
 from vlmo_fast.hf.modeling import (
     VLMoForImageClassification,
