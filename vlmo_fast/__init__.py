@@ -7,6 +7,8 @@ The Hugging Face classes need the package transformers, all others torch alone.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from vlmo_fast import _autoclasses
+
 if TYPE_CHECKING:
     from vlmo_fast.config import MoMEConfig
     from vlmo_fast.formats.beit import load_beit
@@ -98,3 +100,6 @@ def _version() -> str:
         return version("vlmo_fast")
     except PackageNotFoundError:  # a checkout on the path, not installed
         return "0+unknown"
+
+
+_autoclasses.watch()

@@ -49,3 +49,5 @@ for _auto_class, _model_class in _MODELS.items():
 AutoTokenizer.register(VLMoConfig, BertTokenizer)
 AutoImageProcessor.register(VLMoConfig, image_processor_classes={"pil": processing.VLMoImageProcessor})
 AutoProcessor.register(VLMoConfig, processing.VLMoProcessor)
+
+IS_REGISTERED = True  # vlmo_fast._autoclasses looks here
