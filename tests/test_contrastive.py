@@ -724,3 +724,29 @@ def test_recall_with_five_captions() -> None:
         found = scores.topk(k, dim=0).indices == text_ids
         assert ops.recall_at_k(ranks.image_ranks, k) == found.any(0).float().mean()
     assert 0 < ops.recall_at_k(ranks.image_ranks, 1) < 1
+
+
+@pytest.mark.parametrize("backend", ops.implementations("similarity_topk"))
+@pytest.mark.parametrize(
+    ("dtype", "width", "size"), [(torch.float32, 768, 10), (torch.float64, 64, 1002), (torch.float32, 4, 77)]
+)
+def test_twins_have_one_similarity(dtype: torch.dtype, width: int, size: int, backend: str) -> None:
+    """A matmul adds up equal vectors in other orders by where they stand: ties were broken by rounding."""
+    generator = torch.Generator().manual_seed(0)
+    originals = F.normalize(torch.randn(size // 2, width, dtype=dtype, generator=generator), dim=1)
+    copies = torch.cat([originals, originals])[torch.randperm(2 * len(originals), generator=generator)]
+    copies[3, 0], copies[5, 0] = 0.0, -0.0
+    copies[5, 1:] = copies[3, 1:]
+    equal = (copies[:, None] == copies).all(2)
+    for number in (1, 5, 33):
+        queries = F.normalize(torch.randn(number, width, dtype=dtype, generator=generator), dim=1)
+        values, indices = ops.similarity_topk(queries, copies, len(copies), backend=backend)
+        scores = torch.empty_like(values).scatter_(1, indices, values)
+        assert torch.equal(scores, scores[:, equal.int().argmax(1)])
+        assert torch.equal(indices, scores.sort(dim=1, descending=True, stable=True).indices)
+    ids = equal.int().argmax(1)  # twins are one another's matches, so each query's rank is that of the first of them
+    ranks = ops.retrieval_ranks(copies, copies, backend=backend)
+    position = scores.new_tensor([(equal[i, :i]).sum() for i in range(len(copies))]).long()
+    assert torch.equal(ranks.text_ranks, 1 + position)
+    assert torch.equal(ranks.image_ranks, 1 + position)
+    assert (ops.retrieval_ranks(copies, copies, image_ids=ids, text_ids=ids, backend=backend).text_ranks == 1).all()

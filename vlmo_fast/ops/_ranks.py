@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from vlmo_fast.ops import _contrastive, _similarity, reference
 from vlmo_fast.ops.dispatch import Problem, select
@@ -49,6 +50,8 @@ def retrieval_ranks(
 
     rank = 1 + candidates with a greater similarity + candidates with an equal one and a lower index.
 
+    On a CPU equal candidates have equal similarities, wherever they stand; elsewhere that is left to the matmul.
+
     Args:
         image_embeds: (N, P), any float dtype; similarities are dot products in float32 at least.
         text_embeds: (M, P); without ids, N = M and row i belongs to image i.
@@ -84,8 +87,10 @@ def _ranks(rows: Tensor, columns: Tensor, row_ids: Tensor | None, column_ids: Te
     rows, columns = _similarity.working(rows), _similarity.working(columns)
     one = torch.ones((), dtype=_similarity.wide(rows.dtype), device=rows.device)
     index = torch.arange(len(columns), device=rows.device)
+    first = _first_equal(columns)
     for part in _similarity.blocks(len(rows), len(columns), rows):
         scores = _similarity.similarities(rows[part], columns, one)  # (R, M)
+        scores = scores if first is None else scores[:, first]
         if row_ids is None or column_ids is None:
             match = index[part, None]  # (R, 1)
         else:
@@ -114,6 +119,8 @@ def similarity_topk(queries: Tensor, candidates: Tensor, k: int, *, backend: str
 
     Replaces:
         (queries @ candidates.T).sort(dim=1, descending=True, stable=True), cut off after k
+
+    On a CPU equal candidates have equal similarities, wherever they stand; elsewhere that is left to the matmul.
 
     Args:
         queries: (N, P), any float dtype; similarities are dot products in float32 at least.
@@ -158,8 +165,10 @@ def _topk(queries: Tensor, candidates: Tensor, k: int) -> SimilarityTopk:
     indices = torch.empty(len(queries), k, dtype=torch.int64, device=queries.device)
     rows, columns = _similarity.working(queries), _similarity.working(candidates)
     one = torch.ones((), dtype=dtype, device=queries.device)
+    first = _first_equal(columns)
     for part in _similarity.blocks(len(rows), len(columns), rows):
         scores = _similarity.similarities(rows[part], columns, one)  # (R, M)
+        scores = scores if first is None else scores[:, first]
         if dtype == torch.float32:
             indices[part] = _key(scores).topk(k).values.bitwise_and_(0xFFFFFFFF).bitwise_xor_(0xFFFFFFFF)
         else:
@@ -176,3 +185,20 @@ def _key(scores: Tensor) -> Tensor:
     )  # of negative floats the larger bits are the smaller number
     column = torch.arange(scores.shape[1], device=scores.device)
     return (ordered << 32) | (column ^ 0xFFFFFFFF)
+
+
+def _first_equal(columns: Tensor) -> Tensor | None:
+    """As the reference's, (M,); None where no two are equal, and on accelerators, where a look would wait."""
+    if columns.device.type != "cpu":
+        return None
+    # Eight bytes of a vector tell most vectors apart. -0.0 + 0.0 is 0.0: the two zeros are equal.
+    head = F.pad(columns[:, :2], (0, max(0, 2 - columns.shape[1]))) + 0.0
+    key, order = head.view(torch.int64)[:, 0].sort(stable=True)
+    like_next = key[1:] == key[:-1]
+    alike = F.pad(like_next, (1, 0)) | F.pad(like_next, (0, 1))  # (M,), in the keys' order
+    if not alike.any():
+        return None
+    some = order[alike].sort().values
+    first = torch.arange(len(columns))
+    first[some] = some[reference.first_equal(columns[some])]
+    return first

@@ -212,14 +212,24 @@ def retrieval_ranks(
     positive = positives_of(scores, image_ids, text_ids, 0)
     assert positive is not None
     ranks = []
-    for rows, match in ((scores, positive), (scores.t(), positive.t())):
-        order = rows.sort(dim=1, descending=True, stable=True).indices
+    for rows, match, candidates in ((scores, positive, text_embeds), (scores.t(), positive.t(), image_embeds)):
+        order = rows[:, first_equal(candidates)].sort(dim=1, descending=True, stable=True).indices
         ranks.append(match.gather(1, order).int().argmax(1) + 1)
     return ranks[0], ranks[1]
 
 
 def similarity_topk(queries: Tensor, candidates: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The first k of the stable descending order of each query's similarities: values and indices, (N, k)."""
-    scores = similarities(queries, candidates, torch.ones((), dtype=queries.dtype))
+    scores = similarities(queries, candidates, torch.ones((), dtype=queries.dtype))[:, first_equal(candidates)]
     values, indices = scores.sort(dim=1, descending=True, stable=True)
     return values[:, :k], indices[:, :k]
+
+
+def first_equal(rows: Tensor) -> Tensor:
+    """Of each row of (M, P) the first that equals it, (M,) int64.
+
+    A matmul may add up equal rows in different orders, by where they stand; what it found for the first holds for all.
+    """
+    group = torch.unique(rows + 0.0, dim=0, return_inverse=True)[1]  # -0.0 + 0.0 is 0.0: the two zeros are equal
+    index = torch.arange(len(rows), device=rows.device)
+    return torch.full_like(index, len(rows)).scatter_reduce(0, group, index, "amin")[group]
