@@ -272,13 +272,15 @@ def test_visual_genomes_regions(blank: str, tmp_path: Path) -> None:
     [
         ("[", "must be JSON"),
         ("[]", "must hold a caption"),
+        ("\ufeff[]", "must hold a caption"),
+        (b'["\xff"]', "must be UTF-8"),
         ("{}", "must be a list in JSON, got '{}' at character 0"),
         ('[{"id": 1, "regions": []}', "must be a list in JSON"),
         ('[{"id": 1, "regions": []},]', "must be JSON"),
         ('[{"id": 1}]', "Visual Genome's regions, got one in which there is no 'regions'"),
     ],
 )
-def test_regions_that_are_wrong(content: str, message: str, tmp_path: Path) -> None:
+def test_regions_that_are_wrong(content: str | bytes, message: str, tmp_path: Path) -> None:
     with pytest.raises(SourceError, match=message):
         read_visual_genome(put(tmp_path / "region_descriptions.json", content), tmp_path)
 

@@ -295,7 +295,10 @@ def _json(path: Path) -> Any:
 
 def _elements(path: Path) -> Iterator[Any]:
     """The elements of a list in JSON, one after another."""
-    text = path.read_text(encoding="utf-8")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise SourceError(f"{path}: must be UTF-8, got {error}") from error
     decode, blank = json.JSONDecoder().raw_decode, re.compile(r"[ \t\r\n]*")
     start = blank.match(text).end()  # type: ignore[union-attr] # matches everywhere
     mark, end = "[", "]"
