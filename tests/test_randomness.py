@@ -6,7 +6,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vlmo_fast.data.randomness import item_generator, item_seed, permute, stable_id
@@ -25,6 +25,7 @@ def test_a_run_from_last_year_goes_on_today() -> None:
     assert stable_id("coco", 522418) == 3962476040787244204
 
 
+@settings(max_examples=30, deadline=None)
 @given(num_items=st.integers(1, 300), seed=seeds, epoch=st.integers(0, 1000))
 def test_each_epoch_holds_each_item_once(num_items: int, seed: int, epoch: int) -> None:
     order = permute(range(num_items), num_items, seed, epoch)
@@ -80,6 +81,7 @@ def test_draws_differ_wherever_an_argument_does() -> None:
     assert all(0 <= number < 2**63 for number in numbers)
 
 
+@settings(max_examples=30, deadline=None)
 @given(seed=seeds, epoch=st.integers(0, 2**31), item=st.integers(0, 2**62))
 def test_numpys_integers_are_integers(seed: int, epoch: int, item: int) -> None:
     assert item_seed(seed, np.int64(epoch), np.int64(item), "x") == item_seed(seed, epoch, item, "x")  # type: ignore[arg-type]

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -317,6 +317,7 @@ def test_lines_of_a_text_file(mark: bytes, end: str, closed: bool, tmp_path: Pat
     assert path.read_bytes()[int(source.place(2).rpartition(" ")[2]) :].decode().split() == ["猫"]
 
 
+@settings(deadline=None)
 @given(
     lines=st.lists(st.text(st.sampled_from("ab é猫 \t\r")), max_size=8),
     max_words=st.none() | st.integers(1, 4),
@@ -600,6 +601,7 @@ def test_scenes() -> None:
 # What they are made of
 
 
+@settings(max_examples=40, deadline=None)
 @given(st.lists(st.text(st.characters(exclude_categories=()))))
 def test_packed_strings_are_the_strings(strings: list[str]) -> None:
     packed = PackedStrings(strings)

@@ -145,9 +145,9 @@ def test_ranks_share_each_batch(world_size: int) -> None:
     assert [list(itertools.chain(*step)) for step in zip(*parts, strict=True)] == whole
 
 
-@pytest.mark.parametrize("start_method", ["fork", "spawn"])
-def test_workers_only_fetch(start_method: str) -> None:
-    stream = Stream(Numbers(50, [4]), 7, prepare=drawn, num_workers=2, start_method=start_method)
+@pytest.mark.parametrize(("start_method", "num_workers"), [("fork", 2), ("spawn", 1)])
+def test_workers_only_fetch(start_method: str, num_workers: int) -> None:
+    stream = Stream(Numbers(50, [4]), 7, prepare=drawn, num_workers=num_workers, start_method=start_method)
     assert batches(stream, 9) == batches(Stream(Numbers(50, [4]), 7, prepare=drawn), 9)
 
 
@@ -264,7 +264,7 @@ def test_what_prepare_refuses_is_unreadable_but_its_mistakes_are_errors() -> Non
     assert stream.num_unreadable == {"empty text": 1}
     for error, num_workers in ((KeyError("mistake"), 0), (FileNotFoundError("vocab.txt"), 1)):
         with pytest.raises(type(error), match=r"mistake|vocab\.txt"):
-            batches(Stream(Numbers(9), 9, prepare=refuse(error), num_workers=num_workers), 1)
+            batches(Stream(Numbers(9), 9, prepare=refuse(error), num_workers=num_workers, start_method="fork"), 1)
 
 
 # Waiting
@@ -326,7 +326,7 @@ def prepare(item):
     return [item.text, item.image.size[0], item.epoch, int(item.generator("crop").integers(2**40))]
 
 folder, num_workers = pathlib.Path(sys.argv[1]), int(sys.argv[2])
-stream = Stream(TarShards(folder), 4, seed=5, prepare=prepare, num_workers=num_workers)
+stream = Stream(TarShards(folder), 4, seed=5, prepare=prepare, num_workers=num_workers, start_method="fork")
 state = folder / "state.json"
 if state.exists():
     stream.load_state_dict(json.loads(state.read_text()))
@@ -342,7 +342,9 @@ for batch in itertools.islice(stream, 11 - stream.position // 4):
 """
 
 
-def test_a_run_that_is_killed_in_the_middle_of_its_shards_goes_on(tmp_path: Path) -> None:
+def test_a_run_that_is_killed_in_the_middle_of_its_shards_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """SIGKILL behind the fifth batch of a run with two workers; resumed with one from the state of the fourth."""
     for folder in (tmp_path / "whole", tmp_path / "killed"):
         folder.mkdir()
@@ -356,24 +358,22 @@ def test_a_run_that_is_killed_in_the_middle_of_its_shards_goes_on(tmp_path: Path
                         member.size = len(content)
                         tar.addfile(member, io.BytesIO(content))
 
-    def run(folder: str, *arguments: str) -> subprocess.Popen[str]:
-        command = [sys.executable, "-c", RUN, str(tmp_path / folder), *arguments]
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-        return subprocess.Popen(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, **pipes)
+    def run(folder: str, num_workers: str) -> None:
+        monkeypatch.setattr(sys, "argv", ["run", str(tmp_path / folder), num_workers])
+        exec(RUN, {})
 
-    with run("whole", "0") as whole, run("killed", "2", "wait") as killed:
-        assert killed.stdin is not None and killed.stdout is not None
+    command = [sys.executable, "-c", RUN, str(tmp_path / "killed"), "2", "wait for a line at each step"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, cwd=ROOT, env=environment, **pipes) as killed:
+        run("whole", "0")
         for step in range(5):
             assert killed.stdout.readline() == "step\n"
             if step < 4:
                 killed.stdin.write("\n")
                 killed.stdin.flush()
         killed.send_signal(signal.SIGKILL)
-        whole.communicate()
-    assert whole.returncode == 0
-    with run("killed", "1") as resumed:
-        resumed.communicate()
-    assert resumed.returncode == 0
+    run("killed", "1")
 
     def steps(folder: str) -> list[Any]:
         return [json.loads(line) for line in (tmp_path / folder / "log.jsonl").read_text().splitlines()]
