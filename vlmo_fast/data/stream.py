@@ -8,9 +8,9 @@ A stream is a function of numbers, not a process with a history:
     draws      of (seed, epoch, item, purpose): `Item.generator`, `Item.seed_for`
     ranks      `batch_size` is that of the whole run; rank r of W takes the r-th of W equal parts of each batch.
     workers    only fetch: each takes the next batch that nobody has.
-    unreadable  items are replaced by ones that are drawn from (seed, epoch, position) until one can be read: batches
-               stay whole, and the positions behind keep their items. They are counted and named, and more of them than
-               a stated share end the run.
+    faults     an item that cannot be read is replaced by ones that are drawn from (seed, epoch, position), until one
+               can be read: batches stay whole, and all other positions keep their items. Each is counted and named, and
+               more of them than a stated share end the run: early, since they are spread over the order.
 
 So the same batches come with any number of workers and, taken together, with any number of ranks; a state is one
 position, which may be resumed from with others of both, and with another batch size.
