@@ -121,6 +121,21 @@ def test_an_empty_field_of_parquet(tmp_path: Path) -> None:
         read_table(tmp_path / "c.parquet", ["caption"])
 
 
+@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".jsonl", ".parquet"])
+def test_whoever_judges_the_rows_gets_them_all(suffix: str, tmp_path: Path) -> None:
+    rows = [{"id": "1", "caption": "a"}, {"id": "2", "caption": ""}, {"id": "", "caption": " "}]
+    path = table(tmp_path / f"captions{suffix}", rows)
+    assert read_table(path, ["id", "caption"], strict=False) == {"id": ["1", "2", ""], "caption": ["a", "", " "]}
+
+
+def test_fields_that_are_no_text(tmp_path: Path) -> None:
+    path = written(tmp_path / "c.jsonl", '{"caption": null}\n{"caption": 12}\n')
+    assert read_table(path, ["caption"], strict=False) == {"caption": ["", "12"]}
+    for field in ("true", "1.5", '["a"]'):
+        with pytest.raises(TableError, match="'caption' of line 1 must be text"):
+            read_table(written(tmp_path / "c.jsonl", f'{{"caption": {field}}}'), ["caption"], strict=False)
+
+
 @pytest.mark.parametrize("name", ["c.txt", "c.csv", "c.jsonl", "c.parquet"])
 def test_a_missing_file_is_that(name: str, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=name):

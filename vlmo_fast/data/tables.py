@@ -63,13 +63,15 @@ def read_lines(path: str | os.PathLike[str], *, paths: bool = False) -> list[str
     return lines
 
 
-def read_table(path: str | os.PathLike[str], columns: Sequence[str]) -> dict[str, list[str]]:
+def read_table(path: str | os.PathLike[str], columns: Sequence[str], *, strict: bool = True) -> dict[str, list[str]]:
     """Columns of a table, as text.
 
     Args:
         path: a file whose suffix is one of `TABLE_SUFFIXES`. CSV and TSV have a header; a line of JSON Lines is an
             object; Parquet needs the package pyarrow.
         columns: their names.
+        strict: whether each field must be text that is not empty. Otherwise whoever asks judges each row: an empty or
+            null field is "", an integer its digits.
 
     Returns:
         For each name its fields in the order of the rows, one at least; blanks around them are kept.
@@ -85,13 +87,17 @@ def read_table(path: str | os.PathLike[str], columns: Sequence[str]) -> dict[str
         raise TableError(f"{path}: must be a table ({', '.join(TABLE_SUFFIXES)}) to have columns")
     suffix = path.suffix.lower()
     if suffix == ".parquet":
-        return _read_parquet(path, columns)
-    if suffix == ".jsonl":
-        return _collect(path, columns, _json_rows(path))
-    return _collect(path, columns, _delimited_rows(path, columns, "\t" if suffix == ".tsv" else ","))
+        rows = _parquet_rows(path, columns)
+    elif suffix == ".jsonl":
+        rows = _json_rows(path)
+    else:
+        rows = _delimited_rows(path, columns, "\t" if suffix == ".tsv" else ",")
+    return _collect(path, columns, rows, strict)
 
 
-def _collect(path: Path, columns: Sequence[str], rows: Iterable[tuple[str, Mapping[str, Any]]]) -> dict[str, list[str]]:
+def _collect(
+    path: Path, columns: Sequence[str], rows: Iterable[tuple[str, Mapping[str, Any]]], strict: bool
+) -> dict[str, list[str]]:
     """Fields by column, from rows and where each stands in the file."""
     table: dict[str, list[str]] = {name: [] for name in columns}
     for place, row in rows:
@@ -99,9 +105,11 @@ def _collect(path: Path, columns: Sequence[str], rows: Iterable[tuple[str, Mappi
             if name not in row:
                 raise TableError(f"{path}: {place} must have {name!r}, got {', '.join(map(repr, row)) or 'nothing'}")
             field = row[name]
+            if not strict and (field is None or (isinstance(field, int) and not isinstance(field, bool))):
+                field = "" if field is None else str(field)
             if not isinstance(field, str):
                 raise TableError(f"{path}: {name!r} of {place} must be text, got {field!r}")
-            if not field.strip():
+            if strict and not field.strip():
                 raise TableError(f"{path}: {name!r} of {place} is empty; remove the row, or say what it should hold")
             fields.append(field)
     if not all(table.values()):
@@ -148,7 +156,7 @@ def _delimited_rows(path: Path, columns: Sequence[str], delimiter: str) -> Itera
         raise TableError(f"{path}: line {reader.line_num} cannot be read ({error})") from error
 
 
-def _read_parquet(path: Path, columns: Sequence[str]) -> dict[str, list[str]]:
+def _parquet_rows(path: Path, columns: Sequence[str]) -> Iterable[tuple[str, Mapping[str, Any]]]:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: there is no such file")
     try:
@@ -165,10 +173,13 @@ def _read_parquet(path: Path, columns: Sequence[str]) -> dict[str, list[str]]:
         missing = [name for name in columns if name not in names]
         if missing:
             raise TableError(f"{path}: must have the columns {missing}, got {names}")
-        rows = file.read(columns=list(columns)).to_pylist()
+        number = 0
+        for batch in file.iter_batches(columns=list(columns)):
+            for row in batch.to_pylist():
+                number += 1
+                yield f"row {number}", row
     except (OSError, ValueError) as error:
         raise error if isinstance(error, TableError) else TableError(f"{path}: cannot be read ({error})") from error
-    return _collect(path, columns, ((f"row {number}", row) for number, row in enumerate(rows, 1)))
 
 
 def _decoded(path: Path, errors: str = "strict") -> str:
