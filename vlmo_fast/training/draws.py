@@ -7,18 +7,18 @@ resumed, since no generator is carried from one item to the next: number n of an
     number_n = mix(state_n)                        SplitMix64 (Steele, Lea, Flood: "Fast splittable pseudorandom number
                                                    generators", OOPSLA 2014), which passes BigCrush
 
-A key is purpose, seed, epoch and item through the same mix, one after another. The mix is a bijection, so the items of
-an epoch never share a key.
+A key is that of `vlmo_fast.data.randomness.item_seed`.
 """
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+from vlmo_fast.data.randomness import item_seed
 
 __all__ = ["bits", "generator", "item_keys", "uniform"]
 
@@ -41,11 +41,8 @@ def item_keys(seed: int, epoch: int, items: Tensor | Sequence[int], purpose: str
         (B,) int64 on the items' device.
     """
     items = torch.as_tensor(items, dtype=torch.int64)
-    digest = hashlib.blake2b(purpose.encode(), digest_size=8).digest()
-    key = torch.full_like(items[:1], int.from_bytes(digest, "little", signed=True))
-    for part in (torch.full_like(key, seed), torch.full_like(key, epoch), items):
-        key = _mix((key ^ part) + GOLDEN_RATIO)
-    return key
+    keys = [item_seed(seed, epoch, item, purpose) for item in items.tolist()]
+    return torch.tensor(keys, dtype=torch.int64, device=items.device)
 
 
 def bits(keys: Tensor, shape: Sequence[int], *, start: int = 0) -> Tensor:
