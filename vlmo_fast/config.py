@@ -7,7 +7,10 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["PRESETS", "MoMEConfig"]
+__all__ = ["EXPERTS", "MODALITIES", "PRESETS", "MoMEConfig"]
+
+MODALITIES = ("language", "vision")
+EXPERTS = (*MODALITIES, "vl")
 
 PRESETS: dict[str, dict[str, Any]] = {
     "base": {

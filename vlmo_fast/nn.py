@@ -8,17 +8,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from vlmo_fast import ops
-from vlmo_fast.config import MoMEConfig
-from vlmo_fast.model import Attention, Expert, MoMEBlock
-from vlmo_fast.packing import PaddedRows
+from vlmo_fast.block import Attention, Expert, MoMEBlock, mix_experts
+from vlmo_fast.config import EXPERTS, MoMEConfig
 from vlmo_fast.positions import LayerBiases, RelativePositionBias
+from vlmo_fast.rows import PaddedRows
 
 __all__ = ["ContrastiveLoss", "ExpertBlock", "ExpertFeedForward", "RelativeAttention", "RelativePositionBias"]
 
@@ -45,7 +44,7 @@ class ExpertFeedForward(nn.Module):
     def __init__(
         self,
         width: int,
-        experts: Sequence[str] = ("language", "vision", "vl"),
+        experts: Sequence[str] = EXPERTS,
         *,
         intermediate_size: int | None = None,
         layer_scale_init_value: float | None = None,
@@ -59,12 +58,11 @@ class ExpertFeedForward(nn.Module):
         self.layer_scale: nn.Parameter | None = None
         if layer_scale_init_value is not None:
             self.layer_scale = nn.Parameter(torch.full((width,), layer_scale_init_value))
-        self.eps = eps
         self.experts.apply(_initialise)
 
     @classmethod
     def from_dense(
-        cls, norm: nn.LayerNorm, fc1: nn.Linear, fc2: nn.Linear, experts: Sequence[str] = ("language", "vision", "vl")
+        cls, norm: nn.LayerNorm, fc1: nn.Linear, fc2: nn.Linear, experts: Sequence[str] = EXPERTS
     ) -> ExpertFeedForward:
         """Experts that all begin as one trained network: a model upgraded so computes what it did before.
 
@@ -114,8 +112,7 @@ class ExpertFeedForward(nn.Module):
         if row_scale is not None:
             scales = torch.cat([part.reshape(-1) for part in row_scale.split(counts, dim=-1)])
         sizes = [part.numel() // x.shape[-1] for part in parts]
-        weights = [cast("Expert", self.experts[name]).weights() for name, _ in groups]
-        rows = ops.mome_ffn(rows, sizes, weights, self.layer_scale, scales, eps=self.eps)
+        rows = mix_experts(rows, sizes, [self.experts[name] for name, _ in groups], self.layer_scale, scales)
         return torch.cat([part.view(like.shape) for part, like in zip(rows.split(sizes), parts, strict=True)], dim=-2)
 
 

@@ -22,9 +22,10 @@ from transformers.utils import can_return_tuple
 
 from vlmo_fast import losses, ops
 from vlmo_fast.distributed import fetch_samples
+from vlmo_fast.embeddings import IMAGE_TYPE
 from vlmo_fast.hf.attention import AttentionFunction, attend_by
 from vlmo_fast.hf.configuration import VLMoConfig
-from vlmo_fast.model import IMAGE_TYPE, MoMETransformer
+from vlmo_fast.model import MoMETransformer
 from vlmo_fast.packing import pack
 
 if TYPE_CHECKING:
