@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from vlmo_fast import MoMEConfig, MoMEOutput, MoMETransformer, ops, pack
-from vlmo_fast.model import MoMEBlock
+from vlmo_fast.block import MoMEBlock
 from vlmo_fast.ops import _attention, _ffn, _packed_attention
-from vlmo_fast.packing import PaddedRows
+from vlmo_fast.rows import PaddedRows
 
 SIZES = {
     "hidden_size": 24,

@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from torch._dynamo.testing import CompileCounter
 
 from vlmo_fast import MoMEConfig, MoMETransformer, pack
-from vlmo_fast.model import MoMEBlock
-from vlmo_fast.packing import KINDS, LayerRows, _to_device
+from vlmo_fast.block import MoMEBlock
+from vlmo_fast.packing import KINDS, _to_device
+from vlmo_fast.rows import LayerRows
 
 SIZES = {
     "hidden_size": 24,
