@@ -20,7 +20,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import groupby
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,7 @@ from torch.utils.checkpoint import checkpoint
 from vlmo_fast import ops
 from vlmo_fast.config import MoMEConfig
 from vlmo_fast.ops._linear import linear
+from vlmo_fast.outputs import MoMEOutput, PackedOutput
 from vlmo_fast.packing import Groups, LayerRows, PackedLayout, PaddedRows, pack
 from vlmo_fast.positions import LayerBiases, RelativePositionBias, resize_absolute_positions
 from vlmo_fast.serving.graphs import Captured
@@ -38,55 +39,6 @@ __all__ = ["MoMEOutput", "MoMETransformer", "PackedOutput"]
 
 NUM_KEPT_BIASES = 4
 TEXT_TYPE, IMAGE_TYPE = 0, 1  # rows of the modality type table; a second image (NLVR2) takes the row after IMAGE_TYPE
-
-
-class MoMEOutput(NamedTuple):
-    """What `MoMETransformer` returns. A field is None where its path did not run or was not asked for.
-
-    Attributes:
-        last_hidden_state: (B, S, D), after the final norm; text tokens first, then image [CLS] and patches. With
-            `cls_only`, (B, 1, D): the first token.
-        pooler_output: (B, D), tanh(dense([T_CLS])) of a pair.
-        image_embeds: (B, D), unit-norm contrastive embedding of an image alone.
-        text_embeds: (B, D), unit-norm contrastive embedding of a text alone.
-        vl_last_hidden_state: (B, S, D), the same sequence with the vision-language experts in the top layers.
-        vl_image_embeds: (B, D), unit-norm contrastive embedding of the image on that branch.
-        vl_text_embeds: (B, D), unit-norm contrastive embedding of the text on that branch.
-        hidden_states: L + 1 tensors (B, S, D): the embeddings, then each block's output, before the final norm.
-        vl_hidden_states: num_vl_layers tensors (B, S, D): output of each block of the vision-language branch.
-    """
-
-    last_hidden_state: Tensor
-    pooler_output: Tensor | None = None
-    image_embeds: Tensor | None = None
-    text_embeds: Tensor | None = None
-    vl_last_hidden_state: Tensor | None = None
-    vl_image_embeds: Tensor | None = None
-    vl_text_embeds: Tensor | None = None
-    hidden_states: tuple[Tensor, ...] | None = None
-    vl_hidden_states: tuple[Tensor, ...] | None = None
-
-
-class PackedOutput(NamedTuple):
-    """What `MoMETransformer.forward_packed` returns.
-
-    A field is None where the batch has no sequence of its kind, or the model no head for it.
-
-    Attributes:
-        last_hidden_state: (M, D), the wanted rows after the final norm; `PackedLayout.unpack` gives those of a kind.
-        pooler_output: (pairs, D), tanh(dense([T_CLS])).
-        image_embeds: (images, D), unit-norm contrastive embeddings of the images alone.
-        text_embeds: (texts, D), unit-norm contrastive embeddings of the texts alone.
-        vl_image_embeds: (images, D), unit-norm contrastive embeddings on the vision-language branch.
-        vl_text_embeds: (texts, D), unit-norm contrastive embeddings on the vision-language branch.
-    """
-
-    last_hidden_state: Tensor
-    pooler_output: Tensor | None = None
-    image_embeds: Tensor | None = None
-    text_embeds: Tensor | None = None
-    vl_image_embeds: Tensor | None = None
-    vl_text_embeds: Tensor | None = None
 
 
 class MoMETransformer(nn.Module):

@@ -8,7 +8,7 @@ Shape suffixes: B sequences, S tokens of the longest, N rows, M wanted rows.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -55,8 +55,10 @@ class _Rows:
     def keep(self, x: Tensor) -> Tensor:
         return self.rows.keep(x)
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, backend: str) -> Tensor:
-        """(M, heads, d) from (M, heads, d) and twice (N, heads, d), whatever the backend."""
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, backends: Mapping[str, str]
+    ) -> Tensor:
+        """(M, heads, d) from (M, heads, d) and twice (N, heads, d), whatever the backends."""
         rows = self.rows
         if isinstance(rows, PaddedRows):
             index = replace(rows, cls_only=False).padded(torch.arange(len(key), device=key.device))  # (B, S)
