@@ -1,13 +1,21 @@
-"""The settings: presets, every rule with its message, and the transformers configuration that mirrors them."""
+"""The settings: presets, every rule with its message, and the transformers classes that come from them."""
 
 import dataclasses
+import inspect
 import math
-import typing
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
+import transformers
 
 import vlmo_fast
-from vlmo_fast.config import PRESETS, MoMEConfig
+from vlmo_fast.config import EXPERTS, MODALITIES, POSITIVE, PRESETS, MoMEConfig, describe_fields, setting
+
+ROOT = Path(__file__).resolve().parents[1]
 
 COUNTS = (
     *("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "image_size", "patch_size"),
@@ -20,13 +28,22 @@ NUMBERS = (
 FIELDS = {field.name: field for field in dataclasses.fields(MoMEConfig)}
 
 
+def described(cls):
+    """The fields that a class's docstring explains."""
+    text = inspect.getdoc(cls).partition("Attributes:")[2].partition("Raises:")[0]
+    return re.findall(r"^    (\w+): \S", text, re.MULTILINE)
+
+
 def test_every_field_is_covered_here():
     assert set(FIELDS) == {*COUNTS, *NUMBERS, "num_vl_layers", "position_embedding_type", "stem_patch_size"}
 
 
+def test_modalities_and_experts():
+    assert EXPERTS == (*MODALITIES, "vl") == ("language", "vision", "vl")
+
+
 def test_every_field_is_documented():
-    described = [line.strip().partition(":")[0] for line in MoMEConfig.__doc__.partition("Attributes:")[2].splitlines()]
-    assert [name for name in FIELDS if name not in described] == []
+    assert [name for name in FIELDS if name not in described(MoMEConfig)] == []
 
 
 # The presets of the release: layers, width, heads, vl layers, positions, layer scale, and what follows from them.
@@ -176,18 +193,128 @@ def test_edges_are_allowed():
     assert MoMEConfig(image_size=16).num_image_tokens == 2
 
 
-def test_transformers_configuration_mirrors_the_fields():
-    """Same names, same annotations, same defaults; what VLMoConfig adds is listed."""
-    ours, theirs = typing.get_type_hints(MoMEConfig), vlmo_fast.VLMoConfig.__annotations__
-    own = {name: value for name, value in theirs.items() if not name.startswith("_")}
-    assert set(own) - set(FIELDS) == {"image_vocab_size", "mlm_loss_weight", "has_itm_head"}
-    assert list(own)[: len(FIELDS)] == list(FIELDS)
+def test_transformers_configuration_has_the_fields():
+    """Same names in the same order, same annotations, same defaults, same words; what VLMoConfig adds is listed."""
+    of_transformers = {field.name for field in dataclasses.fields(transformers.PreTrainedConfig)}
+    theirs = {f.name: f for f in dataclasses.fields(vlmo_fast.VLMoConfig) if f.name not in of_transformers}
+    assert list(theirs) == [*FIELDS, "image_vocab_size", "mlm_loss_weight", "has_itm_head"]
+    parameters = inspect.signature(vlmo_fast.VLMoConfig).parameters
     for name, field in FIELDS.items():
-        assert str(own[name]) == str(field.type), name
+        assert (theirs[name].type, theirs[name].default) == (field.type, field.default), name
+        assert (parameters[name].annotation, parameters[name].default) == (field.type, field.default), name
+        assert parameters[name].kind is inspect.Parameter.KEYWORD_ONLY, name
         assert getattr(vlmo_fast.VLMoConfig, name) == field.default, name
         assert type(getattr(vlmo_fast.VLMoConfig, name)) is type(field.default), name
-    assert set(ours) == set(FIELDS)
+    assert set(described(MoMEConfig)) == set(FIELDS)
+    assert set(described(vlmo_fast.VLMoConfig)) == set(theirs)
     assert vlmo_fast.VLMoConfig().mome == MoMEConfig()
+
+
+def test_a_field_of_a_subclass_is_checked():
+    """By its annotation, and by its rule where it has one."""
+
+    @describe_fields
+    @dataclasses.dataclass(frozen=True)
+    class Hearing(MoMEConfig):
+        """Settings of a network that hears.
+
+        Attributes:
+            {fields}
+        """
+
+        num_mel_bins: int = setting(80, "bins of a spectrogram.", POSITIVE)
+        sound_dropout: float | None = 0.0
+
+    assert Hearing(num_mel_bins=1, sound_dropout=None).hidden_size == 768
+    assert "num_mel_bins" in described(Hearing)
+    for fields, error, message in (
+        ({"num_mel_bins": 0}, ValueError, "num_mel_bins must be at least 1, got 0"),
+        ({"num_mel_bins": None}, TypeError, "num_mel_bins must be an int, got None"),
+        ({"sound_dropout": "none"}, TypeError, "sound_dropout must be a number, got 'none'"),
+        ({"hidden_size": 0}, ValueError, "hidden_size must be at least 1, got 0"),
+    ):
+        with pytest.raises(error, match=f"^MoMEConfig: {message}$"):
+            Hearing(**fields)
+
+
+def test_a_field_is_one_line(tmp_path):
+    """A line more in `config.py` and one in `outputs.py`: transformers' classes have the fields, files keep them."""
+    code = r"""
+import importlib.util, inspect, sys
+
+def with_line(name, after, line):
+    spec = importlib.util.find_spec(name)
+    source = spec.loader.get_source(name)
+    assert source.count(after) == 1
+    sys.modules[name] = module = importlib.util.module_from_spec(spec)
+    exec(compile(source.replace(after, after + line), spec.origin, "exec"), module.__dict__)
+
+num_channels = "    num_channels: int = setting(3, \"channels of the image.\", POSITIVE)\n"
+with_line("vlmo_fast.config", num_channels, "    num_mel_bins: int = setting(80, 'bins of a sound.', POSITIVE)\n")
+vl_states = "    vl_hidden_states: tuple[Tensor, ...] | None = None\n"
+with_line("vlmo_fast.outputs", vl_states, "    sound: Tensor | None = None\n")
+
+import torch
+from vlmo_fast import VLMoConfig, VLMoModel
+from vlmo_fast.hf.modeling import VLMoModelOutput
+
+parameter = inspect.signature(VLMoConfig).parameters["num_mel_bins"]
+assert (parameter.annotation, parameter.default) == ("int", 80)
+assert "    num_mel_bins: bins of a sound.\n" in inspect.getdoc(VLMoConfig)
+try:
+    VLMoConfig(num_mel_bins=0)
+except ValueError as error:
+    assert str(error) == "MoMEConfig: num_mel_bins must be at least 1, got 0"
+else:
+    raise AssertionError
+small = dict(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, num_vl_layers=0, image_size=16, vocab_size=9)
+model = VLMoModel(VLMoConfig(num_mel_bins=64, **small))
+model.save_pretrained(FOLDER)
+again = VLMoModel.from_pretrained(FOLDER)
+assert again.config.num_mel_bins == again.backbone.config.num_mel_bins == 64
+
+assert inspect.signature(VLMoModelOutput).parameters["sound"].default is None
+again.backbone.register_forward_hook(lambda module, inputs, output: output._replace(sound=torch.ones(2)))
+output = again(torch.tensor([[1, 2]]))
+assert type(output) is VLMoModelOutput
+assert output.sound is output["sound"] is output.to_tuple()[-1]
+assert torch.utils._pytree.tree_map(lambda x: x + 1, output).sound.tolist() == [2, 2]
+"""
+    subprocess.run([sys.executable, "-c", f"FOLDER = {str(tmp_path)!r}\n{code}"], cwd=ROOT, check=True)
+
+
+def test_type_checkers_see_the_fields(tmp_path):
+    """What mypy makes of both classes that come from others, and of names that the package imports late."""
+    pytest.importorskip("mypy")
+    lines = {
+        "reveal_type(vlmo_fast.VLMoConfig(hidden_size=64, num_labels=3).hidden_size)": '"int"',
+        "reveal_type(vlmo_fast.VLMoConfig().layer_scale_init_value)": '"float | None"',
+        "reveal_type(vlmo_fast.VLMoConfig().has_itm_head)": '"bool"',
+        "reveal_type(vlmo_fast.VLMoConfig().mome)": '"vlmo_fast.config.MoMEConfig"',
+        "reveal_type(VLMoModelOutput(last_hidden_state=states).hidden_states)": '"tuple[Any, ...] | None"',
+        "reveal_type(vlmo_fast.pack([3]))": '"vlmo_fast.packing.PackedLayout"',
+        "reveal_type(vlmo_fast.ops.implementations('attention'))": '"tuple[str, ...]"',
+        "vlmo_fast.MoMEConfig(no_such_field=3)": 'Unexpected keyword argument "no_such_field"',
+        "vlmo_fast.no_such_name": 'Module has no attribute "no_such_name"',
+    }
+    head = "from typing import Any\nimport vlmo_fast\nfrom vlmo_fast.hf.modeling import VLMoModelOutput\nstates: Any\n"
+    (tmp_path / "user.py").write_text(head + "\n".join(lines))
+    (tmp_path / "mypy.ini").write_text(
+        "[mypy]\nfollow_imports = silent\n"
+        "[mypy-torch.*,transformers.*,numpy.*,PIL.*,triton.*]\nfollow_imports = skip\nignore_missing_imports = true\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "mypy", "--config-file", "mypy.ini", "--cache-dir", ".cache", "user.py"],
+        cwd=tmp_path,
+        env=os.environ | {"MYPYPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    said = [line for line in done.stdout.splitlines() if line.startswith("user.py:")]
+    assert len(said) == len(lines), done.stdout + done.stderr
+    for number, (line, (code, wanted)) in enumerate(zip(said, lines.items(), strict=True), 1 + head.count("\n")):
+        assert line.startswith(f"user.py:{number}: "), code
+        assert wanted in line, code
 
 
 # A value other than the default for each field, valid together.

@@ -1,88 +1,25 @@
 """vlmo_fast: VLMo, one vision-language model with modality experts, in readable PyTorch with fast kernels behind it.
 
-Importing the package imports nothing else, not even torch: each name below is looked up in its module when first used.
-The Hugging Face classes need the package transformers, all others torch alone.
+Importing the package imports nothing else, not even torch: a public name is imported when it is first used. The names
+are listed in `__init__.pyi`. The Hugging Face classes need the package transformers, all others torch alone.
 """
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
 
 from vlmo_fast import _autoclasses
 
-if TYPE_CHECKING:
-    from vlmo_fast.config import MoMEConfig
-    from vlmo_fast.formats.beit import load_beit
-    from vlmo_fast.formats.bert import load_bert_embeddings
-    from vlmo_fast.formats.official import load_official, save_official
-    from vlmo_fast.hf.configuration import VLMoConfig
-    from vlmo_fast.hf.modeling import (
-        VLMoForImageClassification,
-        VLMoForImagesAndTextClassification,
-        VLMoForImageTextRetrieval,
-        VLMoForMaskedImageModeling,
-        VLMoForMaskedLM,
-        VLMoForPreTraining,
-        VLMoForQuestionAnswering,
-        VLMoModel,
-    )
-    from vlmo_fast.hf.processing import VLMoImageProcessor, VLMoProcessor
-    from vlmo_fast.model import MoMEOutput, MoMETransformer, PackedOutput
-    from vlmo_fast.packing import PackedLayout, pack
 
-    __version__: str
-
-__all__ = [
-    "MoMEConfig",
-    "MoMETransformer",
-    "MoMEOutput",
-    "PackedLayout",
-    "PackedOutput",
-    "pack",
-    "load_official",
-    "save_official",
-    "load_beit",
-    "load_bert_embeddings",
-    "VLMoConfig",
-    "VLMoModel",
-    "VLMoForPreTraining",
-    "VLMoForMaskedLM",
-    "VLMoForMaskedImageModeling",
-    "VLMoForImageTextRetrieval",
-    "VLMoForQuestionAnswering",
-    "VLMoForImagesAndTextClassification",
-    "VLMoForImageClassification",
-    "VLMoImageProcessor",
-    "VLMoProcessor",
-]
-
-_NAMES_OF_MODULE = {
-    "vlmo_fast.config": ("MoMEConfig",),
-    "vlmo_fast.model": ("MoMETransformer", "MoMEOutput", "PackedOutput"),
-    "vlmo_fast.packing": ("PackedLayout", "pack"),
-    "vlmo_fast.formats.official": ("load_official", "save_official"),
-    "vlmo_fast.formats.beit": ("load_beit",),
-    "vlmo_fast.formats.bert": ("load_bert_embeddings",),
-    "vlmo_fast.hf.configuration": ("VLMoConfig",),
-    "vlmo_fast.hf.processing": ("VLMoImageProcessor", "VLMoProcessor"),
-    "vlmo_fast.hf.modeling": (
-        "VLMoModel",
-        "VLMoForPreTraining",
-        "VLMoForMaskedLM",
-        "VLMoForMaskedImageModeling",
-        "VLMoForImageTextRetrieval",
-        "VLMoForQuestionAnswering",
-        "VLMoForImagesAndTextClassification",
-        "VLMoForImageClassification",
-    ),
-}
-_MODULE_OF = {name: module for module, names in _NAMES_OF_MODULE.items() for name in names}
-
-
-def __getattr__(name: str) -> Any:
-    if name == "__version__":
-        value: Any = _version()
-    elif name in _MODULE_OF:
-        value = getattr(import_module(_MODULE_OF[name]), name)
+def __getattr__(name: str) -> object:
+    submodules, module_of = _public_names()
+    value: object
+    if name == "__all__":
+        value = list(module_of)
+    elif name == "__version__":
+        value = _version()
+    elif name in submodules:
+        value = import_module(f"{__name__}.{name}")
+    elif name in module_of:
+        value = getattr(import_module(module_of[name]), name)
     else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     globals()[name] = value
@@ -90,7 +27,21 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__, "__version__"})
+    submodules, module_of = _public_names()
+    return sorted({*globals(), *submodules, *module_of, "__all__", "__version__"})
+
+
+def _public_names() -> tuple[list[str], dict[str, str]]:
+    """The public submodules, and the module of each other public name, as `__init__.pyi` lists them."""
+    import ast
+    from pkgutil import get_data
+
+    stub = get_data(__name__, "__init__.pyi")
+    assert stub is not None
+    imports = [node for node in ast.parse(stub).body if isinstance(node, ast.ImportFrom)]
+    submodules = [alias.name for node in imports if node.module is None for alias in node.names]
+    module_of = {alias.name: f"{__name__}.{node.module}" for node in imports if node.module for alias in node.names}
+    return submodules, module_of
 
 
 def _version() -> str:

@@ -162,6 +162,8 @@ class MoMETransformer(nn.Module):
                 return self._output(kind, layout.first_tokens(x, kind)[:, None], vl_last)
 
         num_sequences, num_text = (len(images[0]), 0) if input_ids is None else input_ids.shape
+        if torch.jit.is_tracing():  # a tracer's sizes are tensors; the groups of rows are host integers
+            num_sequences, num_text = int(num_sequences), int(num_text)
         plan = plan_padded(num_sequences, num_text, windows, attention_mask, cls_only=cls_only)
         biases = self._biases(plan)
         x = self._embed(plan, input_ids, images, image_type_ids, bool_masked_pos)

@@ -231,7 +231,8 @@ class ContrastiveLoss(nn.Module):
 
     Args:
         logit_scale_init_value: logarithm of the scale at the start (CLIP's and VLMo's: log(1 / 0.07)).
-        max_logit_scale: bound of the scale itself; None for none, as in VLMo (CLIP's is 100).
+        max_logit_scale: bound of the scale, to which the parameter is set back where it lies beyond; None for none, as
+            in VLMo (CLIP's is 100).
     """
 
     def __init__(
@@ -250,9 +251,10 @@ class ContrastiveLoss(nn.Module):
         process_group: ProcessGroup | None = None,
     ) -> Tensor:
         """0-d loss in nats of unit-norm embeddings (N, P) and (M, P); other arguments as those of the op."""
-        scale = self.logit_scale.exp()
         if self.max_logit_scale is not None:
-            scale = scale.clamp(max=self.max_logit_scale)
+            with torch.no_grad():  # the parameter itself, so that its gradient never vanishes and it can come back
+                self.logit_scale.clamp_(max=math.log(self.max_logit_scale))
+        scale = self.logit_scale.exp()
         return ops.contrastive_loss(
             image_embeds, text_embeds, scale, image_ids=image_ids, text_ids=text_ids, process_group=process_group
         )

@@ -1,4 +1,4 @@
-"""What the backbone returns."""
+"""What the network returns, for padded batches and for packed ones."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class PackedOutput(NamedTuple):
     A field is None where the batch has no sequence of its kind, or the model no head for it.
 
     Attributes:
-        last_hidden_state: (M, D), the wanted rows after the final norm; `PackedLayout.unpack` gives those of a kind.
+        last_hidden_state: (M, D), the output rows after the final norm; `PackedLayout.unpack` gives those of a kind.
         pooler_output: (pairs, D), tanh(dense([T_CLS])).
         image_embeds: (images, D), unit-norm contrastive embeddings of the images alone.
         text_embeds: (texts, D), unit-norm contrastive embeddings of the texts alone.
