@@ -17,6 +17,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -237,10 +238,15 @@ def _cuda_blocks(problem: Problem) -> tuple[bool, str]:
 
 @constant
 def _why_no_onednn(dtype: torch.dtype) -> str | None:
+    return _why_never_onednn(dtype) or (
+        None if torch.backends.mkldnn.enabled else "oneDNN is switched off by torch's flag"
+    )
+
+
+@cache
+def _why_never_onednn(dtype: torch.dtype) -> str | None:
     if not torch.backends.mkldnn.is_available():
         return "this torch has no oneDNN"
-    if not torch.backends.mkldnn.enabled:
-        return "oneDNN is switched off (torch.backends.mkldnn)"
     if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return "oneDNN has no bfloat16 on this processor"
     return None if dtype in (torch.float32, torch.bfloat16) else "oneDNN takes float32 and bfloat16 here"

@@ -7,6 +7,7 @@ behind `torch.mm` and `F.linear`: twofold on processors of whose vector units MK
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from functools import cache
 from typing import Any
 
 import torch
@@ -65,9 +66,13 @@ def library_for(weight: Tensor) -> Library:
     Args:
         weight: any tensor of the products' dtype and device.
     """
-    problem = Problem(weight.device.type, weight.dtype, inside=True)
-    library: Library = load("linear", select("linear", problem))
+    library: Library = load("linear", select("linear", _inside(weight.device.type, weight.dtype)))
     return library
+
+
+@cache
+def _inside(device: str, dtype: torch.dtype) -> Problem:
+    return Problem(device, dtype, inside=True)
 
 
 class Library(ABC):
@@ -136,7 +141,7 @@ def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, name: str) -> Tenso
 
 
 def _fake(x: Tensor, weight: Tensor, bias: Tensor | None, name: str) -> Tensor:
-    return x.new_empty((len(x), len(weight)))
+    return x.new_empty((x.shape[0], weight.shape[0]))
 
 
 def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None, str], output: Tensor) -> None:

@@ -33,8 +33,9 @@ class _Triton(FFNBackend):
         self, x: Tensor, group_sizes: Sequence[int], hidden: int, dtype: torch.dtype, scaled: bool, activation: bool
     ) -> list[Tensor]:
         """Statistics (3, N), and one z and h for all groups."""
-        statistics = x.new_empty((3, len(x)), dtype=torch.promote_types(x.dtype, torch.float32))
-        return [statistics, *(x.new_empty((len(x), hidden), dtype=dtype) for _ in range(1 + activation))]
+        rows = x.shape[0]
+        statistics = x.new_empty((3, rows), dtype=torch.promote_types(x.dtype, torch.float32))
+        return [statistics, *(x.new_empty((rows, hidden), dtype=dtype) for _ in range(1 + activation))]
 
     def backward(
         self,
