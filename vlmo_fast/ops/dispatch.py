@@ -275,7 +275,7 @@ _CHUNKED = "blocks of rows: torch's matmuls, memory linear in N"
 
 
 def _log_sum_exp(reference: str) -> tuple[Row, ...]:
-    """Of the loss and of the log-sum-exps under it, which differ in their reference alone."""
+    """Of the loss and of the log-sum-exps under it, alike but for the reference: same names, same code."""
     return (
         Row("cpu", "pairs.blocks:CPU", _cpu_extension, extension="cpu"),
         Row(

@@ -72,9 +72,8 @@ def similarities(rows: Tensor, columns: Tensor, logit_scale: Tensor) -> Tensor:
 def blocks(num_rows: int, num_columns: int, like: Tensor) -> Iterator[slice]:
     """Ranges of rows whose part of S takes no more than the chunk."""
     limit = CHUNK_BYTES if like.device.type == "cpu" else CHUNK_BYTES_DEVICE
-    height = max(
-        1, min(2**15, limit // (num_columns * accumulation_dtype(like.dtype).itemsize))
-    )  # 2^16 is a grid's limit on CUDA
+    row_bytes = num_columns * accumulation_dtype(like.dtype).itemsize
+    height = max(1, min(2**15, limit // row_bytes))  # 2^16 is a grid's limit on CUDA
     yield from blocks_of(num_rows, height)
 
 
