@@ -12,7 +12,7 @@ from torch import nn
 
 from vlmo_fast import MoMEConfig, MoMEOutput, MoMETransformer, ops, pack
 from vlmo_fast.model import MoMEBlock
-from vlmo_fast.ops import _attention, _ffn, _packed_attention
+from vlmo_fast.ops import ffn, packed, padded
 from vlmo_fast.packing import PaddedRows
 
 SIZES = {
@@ -629,7 +629,7 @@ def test_no_biases_are_kept_for_training():
 def test_backends_reach_the_door(monkeypatch):
     """Each op on its own, attention in both its forms at once, and back to auto."""
     model, seen, ids = build(), {}, inputs()[0]
-    for module in (_attention, _packed_attention, _ffn):
+    for module in (padded, packed, ffn):
         monkeypatch.setattr(
             module,
             "select",

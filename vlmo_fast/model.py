@@ -29,7 +29,6 @@ from torch.utils.checkpoint import checkpoint
 
 from vlmo_fast import ops
 from vlmo_fast.config import MoMEConfig
-from vlmo_fast.ops._linear import linear
 from vlmo_fast.outputs import MoMEOutput, PackedOutput
 from vlmo_fast.packing import Groups, LayerRows, PackedLayout, PaddedRows, pack
 from vlmo_fast.positions import LayerBiases, RelativePositionBias, resize_absolute_positions
@@ -765,17 +764,17 @@ class Attention(nn.Module):
         """Attend within sequences, from the wanted rows to all: (N, D) -> (M, D)."""
         weight, no_bias = self.qkv.weight, torch.zeros_like(self.v_bias)  # keys have no bias
         if rows.keeps_all:
-            qkv = linear(x, weight, torch.cat([self.q_bias, no_bias, self.v_bias]))
+            qkv = ops.linear(x, weight, torch.cat([self.q_bias, no_bias, self.v_bias]))
             query, key, value = qkv.unflatten(1, (3, self.num_heads, -1)).unbind(1)  # (N, heads, d) each
         else:
             width = len(no_bias)
-            query = linear(rows.keep(x), weight[:width], self.q_bias).unflatten(1, (self.num_heads, -1))
-            key_value = linear(x, weight[width:], torch.cat([no_bias, self.v_bias]))
+            query = ops.linear(rows.keep(x), weight[:width], self.q_bias).unflatten(1, (self.num_heads, -1))
+            key_value = ops.linear(x, weight[width:], torch.cat([no_bias, self.v_bias]))
             key, value = key_value.unflatten(1, (2, self.num_heads, -1)).unbind(1)
         attended = rows.attend(query, key, value, bias, self.backends).flatten(1)
         output = self.projection
         plain = _is_plain(output, nn.Linear)
-        return self.dropout(linear(attended, output.weight, output.bias) if plain else output(attended))
+        return self.dropout(ops.linear(attended, output.weight, output.bias) if plain else output(attended))
 
 
 class Expert(nn.Module):
