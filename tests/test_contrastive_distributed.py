@@ -14,7 +14,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from vlmo_fast import ops
 from vlmo_fast.distributed import Ranks, average_gradients, fetch_samples, gather, pass_on
-from vlmo_fast.ops import _contrastive, reference
+from vlmo_fast.ops import reference
+from vlmo_fast.ops.pairs import contrastive
 from vlmo_fast.training.gradcache import cached_backward
 
 PAIRS, WIDTH = 6, 5  # on each rank
@@ -133,8 +134,8 @@ def check_ring(rank: int, size: int, group: dist.ProcessGroup) -> None:
         return gather(tensor, ranks)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_contrastive, "GATHERED_BYTES", 0)
-        patch.setattr(_contrastive, "gather", gather_ids)
+        patch.setattr(contrastive, "GATHERED_BYTES", 0)
+        patch.setattr(contrastive, "gather", gather_ids)
         check_losses(rank, size, group, kinds=("pairs",))
         check_embeddings(rank, size, group)
         check_halves(rank, size, group)

@@ -401,7 +401,7 @@ def test_doctor_json() -> None:
     assert packages["torch"]["version"]
     assert packages["torch"]["install"] is None
     assert report["implementations"]
-    assert set(report["implementations"][0]) == {"op", "device", "dtype", "implementation", "reason"}
+    assert set(report["implementations"][0]) == {"op", "device", "dtype", "rank", "implementation", "reason"}
 
 
 def test_doctor_names_the_command_for_what_is_missing() -> None:

@@ -7,8 +7,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from vlmo_fast import MoMEConfig, MoMETransformer, pack
-from vlmo_fast.ops._linear import linear, uses_onednn
+from vlmo_fast import MoMEConfig, MoMETransformer, ops, pack
+from vlmo_fast.ops import linear, matmul
+
+BACKENDS = [c.implementation for c in ops.explain("linear", ops.Problem("cpu", torch.float32)) if c.rank]
 
 SHAPES = {
     "a few rows": (5, 24, 56),
@@ -30,22 +32,23 @@ def with_gradients(function, tensors, seed):
     return [out, *torch.autograd.grad(out, leaves, seed)]
 
 
-def compare(tensors, seed, of_leaves=lambda *leaves: leaves):
+def compare(tensors, seed, of_leaves=lambda *leaves: leaves, backend="auto"):
     """Our layer against F.linear in float64, of what `of_leaves` makes of the tensors."""
     exact = with_gradients(lambda *x: F.linear(*of_leaves(*x)), [t.double() for t in tensors], seed.double())
     eager = with_gradients(lambda *x: F.linear(*of_leaves(*x)), tensors, seed)
-    ours = with_gradients(lambda *x: linear(*of_leaves(*x)), tensors, seed)
+    ours = with_gradients(lambda *x: linear(*of_leaves(*x), backend=backend), tensors, seed)
     for name, *results in zip(("out", "d x", "d weight", "d bias"), ours, exact, eager, strict=False):
         tolerances.check(name, *results)
 
 
 @pytest.mark.usefixtures("nan_filled_empty")
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("has_bias", [True, False])
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_values_and_gradients(shape, has_bias):
+def test_values_and_gradients(shape, has_bias, backend):
     rows, width, out = shape
     tensors = [draw(rows, width), draw(out, width), *([draw(out)] if has_bias else [])]
-    compare(tensors, draw(rows, out))
+    compare(tensors, draw(rows, out), backend=backend)
 
 
 @pytest.mark.parametrize("case", ["every second row", "transposed", "one row expanded", "half of a weight"])
@@ -83,10 +86,10 @@ def test_second_derivatives():
         tolerances.check("second derivative", *results)
 
 
-@pytest.mark.skipif(not uses_onednn(torch.ones(1)), reason="needs a torch with oneDNN")
+@pytest.mark.skipif(ops.select("linear", ops.Problem("cpu", torch.float32)) != "onednn", reason="oneDNN is not chosen")
 def test_when_it_is_torchs_own(monkeypatch):
     used = []
-    monkeypatch.setattr("vlmo_fast.ops._linear.product", lambda *a: used.append(1) or F.linear(*a))
+    monkeypatch.setattr(type(matmul.ONEDNN), "product", lambda self, *a: used.append(1) or F.linear(*a))
     x, weight = draw(5, 24), draw(56, 24)
     linear(x, weight)
     assert used
@@ -106,7 +109,8 @@ def test_when_it_is_torchs_own(monkeypatch):
 @pytest.mark.parametrize("rows", [5, 259])
 def test_opcheck(rows):
     arguments = (draw(rows, 24).requires_grad_(), draw(56, 24).requires_grad_(), draw(56).requires_grad_())
-    torch.library.opcheck(torch.ops.vlmo_fast.linear, arguments)
+    for backend in BACKENDS:
+        torch.library.opcheck(torch.ops.vlmo_fast.linear, (*arguments, backend))
 
 
 def test_flops():

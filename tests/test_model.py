@@ -14,7 +14,7 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from vlmo_fast import MoMEConfig, MoMEOutput, MoMETransformer, ops, pack
 from vlmo_fast.block import MoMEBlock
-from vlmo_fast.ops import _attention, _ffn, _packed_attention
+from vlmo_fast.ops import ffn, packed, padded
 from vlmo_fast.rows import PaddedRows, plan_padded
 
 SIZES = {
@@ -648,7 +648,7 @@ def test_watched_biases_are_gathered_by_a_call():
 def test_backends_reach_the_door(monkeypatch):
     """Each op on its own, attention in both its forms at once, and back to auto."""
     model, seen, ids = build(), {}, inputs()[0]
-    for module in (_attention, _packed_attention, _ffn):
+    for module in (padded, packed, ffn):
         monkeypatch.setattr(
             module,
             "select",

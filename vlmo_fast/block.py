@@ -17,7 +17,6 @@ from torch.nn import functional as F
 
 from vlmo_fast import ops
 from vlmo_fast.config import EXPERTS, MODALITIES, MoMEConfig
-from vlmo_fast.ops._linear import linear
 from vlmo_fast.rows import Groups, Rows
 from vlmo_fast.watch import is_plain, watched_from_now_on
 
@@ -94,7 +93,7 @@ class Attention(nn.Module):
         attended = rows.attend(query, key, value, bias, self.backends).flatten(1)
         output = self.projection
         plain = is_plain(output, nn.Linear)
-        return self.dropout(linear(attended, output.weight, output.bias) if plain else output(attended))
+        return self.dropout(ops.linear(attended, output.weight, output.bias) if plain else output(attended))
 
     def _project(self, x: Tensor, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
         """Queries of the output rows, (M, heads, d), keys and values of all, (N, heads, d)."""
@@ -105,12 +104,12 @@ class Attention(nn.Module):
             return rows.keep(query), key, value
         weight = self.qkv.weight
         if rows.keeps_all:
-            qkv = linear(x, weight, torch.cat([self.q_bias, no_bias, self.v_bias]))
+            qkv = ops.linear(x, weight, torch.cat([self.q_bias, no_bias, self.v_bias]))
             query, key, value = qkv.unflatten(1, (3, self.num_heads, -1)).unbind(1)
             return query, key, value
         width = len(no_bias)
-        query = linear(rows.keep(x), weight[:width], self.q_bias).unflatten(1, (self.num_heads, -1))
-        key_value = linear(x, weight[width:], torch.cat([no_bias, self.v_bias]))
+        query = ops.linear(rows.keep(x), weight[:width], self.q_bias).unflatten(1, (self.num_heads, -1))
+        key_value = ops.linear(x, weight[width:], torch.cat([no_bias, self.v_bias]))
         key, value = key_value.unflatten(1, (2, self.num_heads, -1)).unbind(1)
         return query, key, value
 

@@ -210,10 +210,10 @@ def _advice(cuda_build: bool, has_device: bool) -> str | None:
     return f"an NVIDIA driver is installed, but torch is a CPU build; for a CUDA build: {reinstall}"
 
 
-def _implementations() -> list[dict[str, str]]:
+def _implementations() -> list[dict[str, Any]]:
     from vlmo_fast import ops
 
-    return [{field: str(value) for field, value in row._asdict().items()} for row in ops.explain()]
+    return [choice._asdict() for choice in ops.explain()]
 
 
 def render(report: dict[str, Any]) -> str:
@@ -239,9 +239,11 @@ def render(report: dict[str, Any]) -> str:
     sections.append("\n".join(["Parts", *_table([("name", "version", "for"), *there], indent="  ")]))
 
     if report["implementations"]:
-        header = tuple(report["implementations"][0])
-        body = [tuple(row.values()) for row in report["implementations"]]
-        sections.append("\n".join(["What each op runs", *_table([header, *body], indent="  ")]))
+        header = ("op", "device", "dtype", "implementation", "reason")
+        body = [tuple(row[field] for field in header) for row in report["implementations"] if row["rank"] == 1]
+        sections.append(
+            "\n".join(["What each op runs (every candidate: --json)", *_table([header, *body], indent="  ")])
+        )
 
     commands: dict[str, list[str]] = {}
     for part in parts:
