@@ -128,12 +128,11 @@ def _dot(left, right, total, PRECISION: tl.constexpr):
 
 @triton.jit
 def _product_of(
-    a, b, row, column, rows, columns, K,
+    total, a, b, row, column, rows, columns, K,
     B_IS_ROWS: tl.constexpr, USE_TMA: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """A tile of a b^T, where b is (columns, K), or with B_IS_ROWS of a b, where b is (K, columns)."""
-    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    """Add a tile of a b^T, where b is (columns, K), or with B_IS_ROWS of a b, where b is (K, columns), to `total`."""
     if USE_TMA:
         for k in range(0, K, BLOCK_K):
             left = a.load([row, k])  # (BLOCK_M, BLOCK_K)
@@ -176,28 +175,35 @@ def _product(
     NUM_GROUPS: tl.constexpr, B_IS_ROWS: tl.constexpr, USE_TMA: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """The tile with the weight of its group. Descriptors cannot be picked at run time: each has a loop of its own."""
+    """The tile with the weight of its group. Descriptors cannot be picked at run time: each has a loop of its own.
+
+    All loops add to one accumulator: with one each, ptxas runs out of registers and serialises the products.
+    """
+    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     if USE_TMA:
-        total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         if group == 0:
             total = _product_of(
-                a, b0, row, column, rows, columns, K, B_IS_ROWS, USE_TMA, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K
-            )
+                total, a, b0, row, column, rows, columns, K,
+                B_IS_ROWS, USE_TMA, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+            )  # fmt: skip
         if NUM_GROUPS > 1:
             if group == 1:
                 total = _product_of(
-                    a, b1, row, column, rows, columns, K,
+                    total, a, b1, row, column, rows, columns, K,
                     B_IS_ROWS, USE_TMA, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
                 )  # fmt: skip
         if NUM_GROUPS > 2:
             if group == 2:
                 total = _product_of(
-                    a, b2, row, column, rows, columns, K,
+                    total, a, b2, row, column, rows, columns, K,
                     B_IS_ROWS, USE_TMA, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
                 )  # fmt: skip
-        return total
-    b = _pick(group, b0, b1, b2, NUM_GROUPS)
-    return _product_of(a, b, row, column, rows, columns, K, B_IS_ROWS, USE_TMA, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K)
+    else:
+        b = _pick(group, b0, b1, b2, NUM_GROUPS)
+        total = _product_of(
+            total, a, b, row, column, rows, columns, K, B_IS_ROWS, USE_TMA, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K
+        )
+    return total
 
 
 @triton.jit(do_not_specialize=_COUNTS)

@@ -70,6 +70,7 @@ def check(build: Build) -> None:
     check_build(build)
     if build.capability >= 90:
         assert build.count("UTMALDG") > 0  # operands come through the copy engine
+    assert not build.serialized
 
 
 @pytest.mark.parametrize("capability", [80, 90, 100])

@@ -80,6 +80,11 @@ class Build:
     ptx: str
     sass: str
 
+    @property
+    def serialized(self) -> bool:
+        """Whether each WGMMA is waited for before the next is issued, which ptxas reports to Triton's log alone."""
+        return 0 < self.count("HGMMA") <= self.count(r"WARPGROUP\.DEPBAR\.LE gsb0, 0x0")
+
     def count(self, instruction: str) -> int:
         """How many machine instructions start with `instruction`."""
         return len(re.findall(rf"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+ )?{instruction}\b", self.sass, re.MULTILINE))
