@@ -616,7 +616,7 @@ def _tiles(max_length: int, width: int, dtype: torch.dtype, capability: int) -> 
         max_length: tokens of the longest sequence.
         width: head size, 1 to 128.
         dtype: of the query.
-        capability: the GPU's major number, 8, 9 or 10.
+        capability: the GPU's major number, 8 to 12.
     """
     roomy = width in (16, 32, 64)  # other sizes need masks for their lanes, or twice the registers
     if dtype == torch.float32 and width > 64:  # dbias spills even so: its operands, split in TF32 parts, fill a thread
@@ -639,8 +639,12 @@ def _tiles(max_length: int, width: int, dtype: torch.dtype, capability: int) -> 
             warps = max(2, max(queries, keys) // 16)
         elif capability >= 10:
             warps = 8
+        # Triton up to 3.7 lets one warp issue the next iteration's products into tensor memory that other warps still
+        # read (triton-lang/triton#10263). Unpipelined, the barrier between a product and the copy of its operands keeps
+        # them apart.
+        stages = 1 if name == "bwd_dbias" and capability in (10, 11) else 2
         # Without maxnreg, ptxas spills for the sake of more blocks in a multiprocessor.
-        tiles[name] = {"BLOCK_M": queries, "BLOCK_N": keys, "num_warps": warps, "num_stages": 2, "maxnreg": 255}
+        tiles[name] = {"BLOCK_M": queries, "BLOCK_N": keys, "num_warps": warps, "num_stages": stages, "maxnreg": 255}
     for name in ("fwd", "bwd_dq"):
         tiles[name]["BLOCK_TAIL"] = min(32, tiles[name]["BLOCK_N"])
     return tiles
