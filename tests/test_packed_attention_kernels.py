@@ -259,7 +259,10 @@ def test_builds(capability):
         KERNELS, compile_ahead(*(job(kind, capability) for kind in KERNELS), capability=capability), strict=True
     ):
         check_build(build)
-        assert "cp.async.cg.shared.global" in build.ptx, kind
+        if (kind, capability) == ("bwd_dbias", 100):  # not pipelined there, see `_tiles`
+            assert "ld.global.v4.b32" in build.ptx
+        else:
+            assert "cp.async.cg.shared.global" in build.ptx, kind
         assert "ld.global.b16" not in build.ptx or kind == "bwd_dbias", kind  # that one loads its bias once
 
 
