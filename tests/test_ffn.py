@@ -151,7 +151,7 @@ def test_the_saved_activation_changes_nothing(backend):
         torch.testing.assert_close(saved[name], tensor, rtol=0, atol=0, msg=name)
 
 
-@pytest.mark.usefixtures("nan_filled_empty")
+@pytest.mark.usefixtures("nan_filled_empty", "library")
 @pytest.mark.parametrize("save_activation", [False, True])
 @pytest.mark.parametrize("rows", [256, 257, 259, 260])
 def test_products_of_many_rows_in_whole_steps(monkeypatch, rows, save_activation):

@@ -1,4 +1,4 @@
-"""Linear layers on oneDNN: values and every gradient against float64, and where they are torch's own."""
+"""Linear layers on either library: values and every gradient against float64, and where they are torch's own."""
 
 import pytest
 import tolerances
@@ -8,7 +8,11 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from vlmo_fast import MoMEConfig, MoMETransformer, pack
+from vlmo_fast.ops import _linear
 from vlmo_fast.ops._linear import linear, uses_onednn
+
+pytestmark = pytest.mark.usefixtures("library")
+HAS_ONEDNN = torch.backends.mkldnn.is_available()
 
 SHAPES = {
     "a few rows": (5, 24, 56),
@@ -83,13 +87,13 @@ def test_second_derivatives():
         tolerances.check("second derivative", *results)
 
 
-@pytest.mark.skipif(not uses_onednn(torch.ones(1)), reason="needs a torch with oneDNN")
-def test_when_it_is_torchs_own(monkeypatch):
+@pytest.mark.skipif(not HAS_ONEDNN, reason="needs a torch with oneDNN")
+def test_when_it_is_torchs_own(monkeypatch, library):
     used = []
     monkeypatch.setattr("vlmo_fast.ops._linear.product", lambda *a: used.append(1) or F.linear(*a))
     x, weight = draw(5, 24), draw(56, 24)
     linear(x, weight)
-    assert used
+    assert bool(used) == (library == "oneDNN")
     used.clear()
     linear(x.double(), weight.double())
     linear(x.bfloat16(), weight.bfloat16())
@@ -104,9 +108,55 @@ def test_when_it_is_torchs_own(monkeypatch):
 
 
 @pytest.mark.parametrize("rows", [5, 259])
+def test_products_of_the_experts(rows, library):
+    """What `_ffn_torch` calls: the rows filled up for oneDNN alone, GELU with the product."""
+    x, weight, bias = draw(rows, 24), draw(56, 24), draw(56)
+    padded = _linear.whole(x)
+    assert len(padded) == (260 if (rows, library, HAS_ONEDNN) == (259, "oneDNN", True) else rows)
+    exact = F.linear(x.double(), weight.double(), bias.double())
+    eager = F.linear(x, weight, bias)
+    tolerances.check("product", _linear.product(padded, weight, bias)[:rows], exact, eager)
+    tolerances.check("gelu", _linear.product_gelu(padded, weight, bias)[:rows], F.gelu(exact), F.gelu(eager))
+
+
+@pytest.mark.parametrize("rows", [5, 259])
 def test_opcheck(rows):
     arguments = (draw(rows, 24).requires_grad_(), draw(56, 24).requires_grad_(), draw(56).requires_grad_())
     torch.library.opcheck(torch.ops.vlmo_fast.linear, arguments)
+
+
+def faked(monkeypatch, capability, has_mkl=True):
+    monkeypatch.undo()  # `library`
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: has_mkl)
+
+
+@pytest.mark.skipif(not HAS_ONEDNN, reason="needs a torch with oneDNN")
+@pytest.mark.parametrize(
+    ("capability", "has_mkl", "is_onednn"),
+    [
+        ("AVX512", True, True),
+        ("AVX2", True, False),
+        ("AVX2", False, True),
+        ("DEFAULT", True, True),  # not measured
+        ("SVE256", False, True),
+    ],
+)
+def test_the_rule(monkeypatch, capability, has_mkl, is_onednn):
+    """By instruction set, as torch has it; bfloat16 is oneDNN's wherever the processor multiplies it."""
+    half = uses_onednn(torch.ones(3, 2, dtype=torch.bfloat16))
+    faked(monkeypatch, capability, has_mkl)
+    assert uses_onednn(torch.ones(3, 2)) == is_onednn
+    assert uses_onednn(torch.ones(3, 2, dtype=torch.bfloat16)) == half
+    assert not uses_onednn(torch.ones(3, 2, dtype=torch.float64))
+    assert not uses_onednn(torch.ones(0, 2))
+
+
+def test_the_rule_is_a_constant_to_the_compiler(monkeypatch):
+    """A trace does not follow torch's own questions about the processor."""
+    faked(monkeypatch, "AVX2")
+    run = torch.compile(lambda x: 2 * x if _linear._mkl_is_faster() else x, fullgraph=True, backend="eager")
+    assert run(torch.ones(2)).tolist() == [2, 2]
 
 
 def test_flops():

@@ -1,7 +1,8 @@
 """Matrix products with a weight, on the library that is fastest at them.
 
-On a CPU that is oneDNN where it takes the dtype. Products of a few hundred rows are faster there than in MKL, which is
-behind `torch.mm` and `F.linear`: twofold on processors of whose vector units MKL uses half (docs/log.md).
+On a CPU that is oneDNN or MKL, which is behind `torch.mm` and `F.linear`. With AVX-512 oneDNN is the faster one, a
+little on Intel's processors and twofold on AMD's, of whose vector units MKL uses half. With AVX2 alone MKL is: by a
+tenth, and more on AMD's (docs/log.md).
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.flop_counter import register_flop_formula
 
+from vlmo_fast.ops.dispatch import constant
+
 __all__ = ["linear", "product", "product_gelu", "uses_onednn", "whole"]
 
 MANY_ROWS, ROW_STEP = 256, 4  # of a product on oneDNN: more rows than that are made a multiple of the step; see `whole`
@@ -21,7 +24,8 @@ MANY_ROWS, ROW_STEP = 256, 4  # of a product on oneDNN: more rows than that are 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`F.linear` of rows, (N, D) -> (N, E), as differentiable as that.
 
-    In half precision, under autocast, and where a compiler or another tracer follows, it is `F.linear` itself.
+    In half precision, under autocast, where MKL multiplies, and where a compiler or another tracer follows, it is
+    `F.linear` itself.
     """
     is_seen = torch.compiler.is_compiling() or type(x) is not Tensor or type(weight) not in (Tensor, torch.nn.Parameter)
     if is_seen or x.dtype != torch.float32 or not uses_onednn(x) or torch.is_autocast_enabled("cpu"):
@@ -55,14 +59,20 @@ def whole(x: Tensor) -> Tensor:
 
 
 def uses_onednn(x: Tensor) -> bool:
-    """OneDNN is there, is not switched off, takes the dtype, and there are rows (it refuses none)."""
-    return (
-        x.device.type == "cpu"
-        and x.numel() > 0
-        and torch.backends.mkldnn.is_available()
-        and bool(torch.backends.mkldnn.enabled)
-        and (x.dtype == torch.float32 or (x.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()))
-    )
+    """OneDNN is there, is not switched off, takes the dtype and is the faster one; there are rows (it refuses none)."""
+    if not (x.device.type == "cpu" and x.numel() > 0 and torch.backends.mkldnn.is_available()):
+        return False
+    if not torch.backends.mkldnn.enabled:
+        return False
+    if x.dtype == torch.float32:
+        return not _mkl_is_faster()
+    return x.dtype == torch.bfloat16 and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+@constant
+def _mkl_is_faster() -> bool:
+    """In float32, on this machine: measured on Zen 3, Zen 4, Zen 5 and Sapphire Rapids, and there by AVX2 alone."""
+    return torch.backends.mkl.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX2"
 
 
 def _forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
