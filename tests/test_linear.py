@@ -34,13 +34,19 @@ def with_gradients(function, tensors, seed):
     return [out, *torch.autograd.grad(out, leaves, seed)]
 
 
-def compare(tensors, seed, of_leaves=lambda *leaves: leaves):
+def compare(draw_tensors, draw_seed, of_leaves=lambda *leaves: leaves):
     """Our layer against F.linear in float64, of what `of_leaves` makes of the tensors."""
-    exact = with_gradients(lambda *x: F.linear(*of_leaves(*x)), [t.double() for t in tensors], seed.double())
-    eager = with_gradients(lambda *x: F.linear(*of_leaves(*x)), tensors, seed)
-    ours = with_gradients(lambda *x: linear(*of_leaves(*x)), tensors, seed)
-    for name, *results in zip(("out", "d x", "d weight", "d bias"), ours, exact, eager, strict=False):
-        tolerances.check(name, *results)
+
+    def results():
+        tensors, seed = draw_tensors(), draw_seed()
+        exact = with_gradients(lambda *x: F.linear(*of_leaves(*x)), [t.double() for t in tensors], seed.double())
+        eager = with_gradients(lambda *x: F.linear(*of_leaves(*x)), tensors, seed)
+        ours = with_gradients(lambda *x: linear(*of_leaves(*x)), tensors, seed)
+        return {
+            name: each for name, *each in zip(("out", "d x", "d weight", "d bias"), ours, exact, eager, strict=False)
+        }
+
+    tolerances.check(results)
 
 
 @pytest.mark.usefixtures("nan_filled_empty")
@@ -48,8 +54,7 @@ def compare(tensors, seed, of_leaves=lambda *leaves: leaves):
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_values_and_gradients(shape, has_bias):
     rows, width, out = shape
-    tensors = [draw(rows, width), draw(out, width), *([draw(out)] if has_bias else [])]
-    compare(tensors, draw(rows, out))
+    compare(lambda: [draw(rows, width), draw(out, width), *([draw(out)] if has_bias else [])], lambda: draw(rows, out))
 
 
 @pytest.mark.parametrize("case", ["every second row", "transposed", "one row expanded", "half of a weight"])
@@ -60,10 +65,10 @@ def test_strides(case):
         "one row expanded": lambda x, weight: (x[:1].expand(9, -1), weight),
         "half of a weight": lambda x, weight: (x, weight[20:]),
     }[case]
-    x, weight = draw(24, 24), draw(56, 24)
-    rows, out = F.linear(*of_leaves(x, weight)).shape
-    compare([x, weight], draw(rows, out), of_leaves)
-    compare([x, weight], torch.ones(()).expand(rows, out), of_leaves)
+    tensors = lambda: [draw(24, 24), draw(56, 24)]
+    rows, out = F.linear(*of_leaves(*tensors())).shape
+    compare(tensors, lambda: draw(rows, out), of_leaves)
+    compare(tensors, lambda: torch.ones(()).expand(rows, out), of_leaves)
 
 
 def test_only_the_gradients_that_are_wanted():
@@ -76,15 +81,17 @@ def test_only_the_gradients_that_are_wanted():
 
 
 def test_second_derivatives():
-    tensors = [draw(5, 24), draw(8, 24), draw(8)]
-
-    def of(function, dtype=torch.float32):
+    def of(tensors, function, dtype=torch.float32):
         leaves = [tensor.to(dtype).detach().clone().requires_grad_() for tensor in tensors]
         first = torch.autograd.grad(function(*leaves).tanh().sum(), leaves, create_graph=True)
         return torch.autograd.grad(sum(g.square().sum() for g in first), leaves)
 
-    for results in zip(of(linear), of(F.linear, torch.float64), of(F.linear), strict=True):
-        tolerances.check("second derivative", *results)
+    def results():
+        tensors = [draw(5, 24), draw(8, 24), draw(8)]
+        each = of(tensors, linear), of(tensors, F.linear, torch.float64), of(tensors, F.linear)
+        return dict(zip(("x", "weight", "bias"), zip(*each, strict=True), strict=True))
+
+    tolerances.check(results)
 
 
 @pytest.mark.skipif(not HAS_ONEDNN, reason="needs a torch with oneDNN")
@@ -110,13 +117,17 @@ def test_when_it_is_torchs_own(monkeypatch, library):
 @pytest.mark.parametrize("rows", [5, 259])
 def test_products_of_the_experts(rows, library):
     """What `_ffn_torch` calls: the rows filled up for oneDNN alone, GELU with the product."""
-    x, weight, bias = draw(rows, 24), draw(56, 24), draw(56)
-    padded = _linear.whole(x)
-    assert len(padded) == (260 if (rows, library, HAS_ONEDNN) == (259, "oneDNN", True) else rows)
-    exact = F.linear(x.double(), weight.double(), bias.double())
-    eager = F.linear(x, weight, bias)
-    tolerances.check("product", _linear.product(padded, weight, bias)[:rows], exact, eager)
-    tolerances.check("gelu", _linear.product_gelu(padded, weight, bias)[:rows], F.gelu(exact), F.gelu(eager))
+
+    def results():
+        x, weight, bias = draw(rows, 24), draw(56, 24), draw(56)
+        padded = _linear.whole(x)
+        assert len(padded) == (260 if (rows, library, HAS_ONEDNN) == (259, "oneDNN", True) else rows)
+        exact = F.linear(x.double(), weight.double(), bias.double())
+        eager = F.linear(x, weight, bias)
+        ours, activated = (f(padded, weight, bias)[:rows] for f in (_linear.product, _linear.product_gelu))
+        return {"product": (ours, exact, eager), "gelu": (activated, F.gelu(exact), F.gelu(eager))}
+
+    tolerances.check(results)
 
 
 @pytest.mark.parametrize("rows", [5, 259])
