@@ -53,6 +53,13 @@ def nan_filled_empty() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.fixture(params=["oneDNN", "MKL"])
+def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Has each library in turn multiply on a CPU, whichever is the faster one here."""
+    monkeypatch.setattr("vlmo_fast.ops.dispatch._mkl_is_faster", lambda: request.param == "MKL")
+    return str(request.param)
+
+
 @pytest.fixture(scope="session")
 def cpu_extension() -> Path:
     """The CPU library of `csrc/`, built first where it is not up to date; without g++ as in `require_tool`."""

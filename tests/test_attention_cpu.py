@@ -41,9 +41,6 @@ def padded(
     return [x.detach().requires_grad_() for x in tensors], visible
 
 
-DRAWS = 24  # the library adds up in another order than eager, and these problems are small
-
-
 def check_draws(
     make: Callable[[], list[Tensor]],
     attend: Callable[..., Tensor],
@@ -59,7 +56,7 @@ def check_draws(
         condition: as in `tolerances`.
     """
     results = []
-    for _ in range(DRAWS):
+    for _ in range(tolerances.DRAWS):
         tensors = make()
         exact = [x.detach().double().requires_grad_() for x in tensors]
         outs = attend("cpu", *tensors), oracle(*exact), attend("eager", *tensors)

@@ -69,8 +69,22 @@ def test_kernels_on_every_instruction_set(capability: str, compiled: CpuLibrary)
 def test_the_best_instruction_set_is_chosen(compiled: CpuLibrary) -> None:
     """The order of preference is the order of torch's own capabilities."""
     name = torch.backends.cpu.get_cpu_capability().lower()
+    assert compiled.capability == extensions.cpu_capability()
     assert compiled.capability == {"avx512": "avx512", "avx2": "avx2"}.get(name, "baseline")
     assert not compiled.use("no such set")
+
+
+@pytest.mark.usefixtures("cpu_extension")
+@pytest.mark.parametrize("held_back", ["avx2", "default"])
+def test_no_better_instruction_set_than_torchs(held_back: str) -> None:
+    """As ATEN_CPU_CAPABILITY has it in a process of its own; the doctor shows both."""
+    done = run("--json", command="doctor", ATEN_CPU_CAPABILITY=held_back)
+    report = json.loads(done.stdout)
+    known = {"AVX2": "avx2", "AVX512": "avx512"}
+    assert report["torch"]["cpu_capability"] in ("DEFAULT", held_back.upper())  # DEFAULT: there is no AVX2
+    assert report["extensions"][0]["capability"] == known.get(report["torch"]["cpu_capability"], "baseline")
+    text = run(command="doctor", ATEN_CPU_CAPABILITY=held_back).stdout
+    assert re.search(rf"^cpu extension +{report['extensions'][0]['capability']}$", text, re.MULTILINE)
 
 
 @pytest.mark.usefixtures("cpu_extension")
@@ -187,11 +201,11 @@ def test_a_library_for_another_torch_does_not_count(rekeyed: Callable[..., str])
 # vlmo-fast build
 
 
-def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+def run(*arguments: str, command: str = "build", **environment: str) -> subprocess.CompletedProcess[str]:
     import os
 
     return subprocess.run(
-        [sys.executable, "-m", "vlmo_fast", "build", *arguments],
+        [sys.executable, "-m", "vlmo_fast", command, *arguments],
         cwd=ROOT,
         env=os.environ | environment,
         capture_output=True,

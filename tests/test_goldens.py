@@ -383,7 +383,8 @@ def test_gradients_against_float64(golden):
     """Element by element, since norms miss signs; against another derivation, since one code shares its mistakes.
 
     In float32 the reference's attention is held to 2e-5, and whichever is chosen to the reference: to 1.5 times its
-    mean over the parameters, and as everywhere to twice its error in the worst of their elements (docs/log.md).
+    mean over the parameters, and to 4e-5 in the worst of their elements: twice what the reference is held to, for its
+    own error in one problem is luck (docs/log.md).
     """
     exact = plain_gradients(golden)
 
@@ -404,7 +405,7 @@ def test_gradients_against_float64(golden):
     eager, chosen = errors(torch.float32, "eager"), errors(torch.float32, "auto")
     assert max(eager) < 2e-5
     assert fmean(chosen) < 1.5 * fmean(eager)
-    assert max(chosen) < 2 * max(eager)
+    assert max(chosen) < 4e-5
 
 
 @pytest.mark.parametrize("tag", ["rel_4to6", "abs_4to6"])

@@ -317,10 +317,24 @@ def test_license_text() -> None:
     assert "END OF TERMS AND CONDITIONS" in text
 
 
+def installed_here() -> list[tuple[str, str]]:
+    """What pip finds of the package in the environment that runs the tests: version and origin."""
+    code = """
+import json
+from importlib import metadata
+found = metadata.distributions(name="vlmo_fast")
+print(json.dumps(sorted((str(d.locate_file("")), d.read_text("direct_url.json") or "") for d in found)))
+"""
+    return [tuple(each) for each in json.loads(python(code, cwd=Path(sys.prefix)))]
+
+
 def test_editable_install(tmp_path: Path) -> None:
+    """Into a folder of its own, without a look at what this environment has installed, which --prefix would remove."""
+    before = installed_here()
     checkout = copy_of_checkout(tmp_path)
-    run(*PIP, "install", *OFFLINE, "--prefix", str(tmp_path / "prefix"), "-e", str(checkout), cwd=tmp_path)
-    (site_packages,) = (tmp_path / "prefix").rglob("site-packages")
+    site_packages = tmp_path / "site-packages"
+    run(*PIP, "install", *OFFLINE, "--target", str(site_packages), "-e", str(checkout), cwd=tmp_path)
+    assert installed_here() == before
     code = f"""
 import site
 site.addsitedir({str(site_packages)!r})

@@ -119,18 +119,23 @@ def check_float64(tensors, segments, longest, cls_only, backend):
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
 
 
-def check_rounding(tensors, segments, longest, cls_only=False, backend="auto", condition=1.0):
-    """Values and all gradients within the bounds of `tolerances`."""
-    exact, leaves = oracle(tensors, segments, cls_only)
-    results = [run(tensors, segments, longest, cls_only=cls_only, backend=name) for name in (backend, "eager")]
-    seed = torch.randn_like(results[0])
-    present = [x for x in tensors if x is not None]
-    gradients = [torch.autograd.grad(result, present, seed) for result in results]
-    wanted = torch.autograd.grad(exact, leaves, seed.double())
-    names = ["out", "query", "key", "value", "bias"]
-    ours, eager = ((out, *grads) for out, grads in zip(results, gradients, strict=True))
-    for name, found, other, truth in zip(names, ours, eager, (exact, *wanted), strict=False):
-        tolerances.check(name, found, truth, other, condition=condition)
+def check_rounding(make, cls_only=False, backend="auto", condition=1.0, device="cpu", dtype=None):
+    """Values and all gradients of the problems that `make` draws, within the bounds of `tolerances`."""
+
+    def results():
+        tensors, segments, longest = make()
+        exact, leaves = oracle(tensors, segments, cls_only)
+        moved = [None if x is None else x.detach().to(device).requires_grad_() for x in tensors]
+        out = run(moved, segments.to(device), longest, cls_only=cls_only, backend=backend)
+        eager = run(tensors, segments, longest, cls_only=cls_only, backend="eager")
+        seed = torch.randn_like(eager)
+        ours = out, *torch.autograd.grad(out, [x for x in moved if x is not None], seed.to(device))
+        others = eager, *torch.autograd.grad(eager, [x for x in tensors if x is not None], seed)
+        wanted = exact, *torch.autograd.grad(exact, leaves, seed.double())
+        names = ["out", "query", "key", "value", "bias"]
+        return {name: (x.cpu(), *rest) for name, x, *rest in zip(names, ours, wanted, others, strict=False)}
+
+    tolerances.check(results, dtype, condition)
 
 
 ODD = {
@@ -147,9 +152,8 @@ ODD = {
 @pytest.mark.parametrize("lengths", ODD.values(), ids=ODD)
 @BUCKETS
 def test_float32_of_odd_lengths(lengths, backend):
-    check_rounding(
-        *problem(lengths, heads=2, width=16, dtype=torch.float32, places=941, text_places=40), False, backend
-    )
+    make = lambda: problem(lengths, heads=2, width=16, dtype=torch.float32, places=941, text_places=40)
+    check_rounding(make, False, backend)
 
 
 @pytest.mark.usefixtures("nan_filled_empty")
@@ -158,20 +162,24 @@ def test_float32_of_odd_lengths(lengths, backend):
 @BUCKETS
 def test_rounding_of_dtypes_and_head_sizes(backend, dtype, width):
     lengths = [(12, 0), (9, 21), (0, 21), (9, 21), (14, 0)]
-    check_rounding(*problem(lengths, width=width, dtype=dtype), False, backend)
-    check_rounding(*problem(lengths, width=width, dtype=dtype, cls_only=True), True, backend)
+    check_rounding(lambda: problem(lengths, width=width, dtype=dtype), False, backend)
+    check_rounding(lambda: problem(lengths, width=width, dtype=dtype, cls_only=True), True, backend)
+
+
+def with_large_bias(drawn):
+    """Scores of hundreds, and a row of the bias in which all keys are alike."""
+    with torch.no_grad():
+        drawn[0][3].mul_(300)
+        drawn[0][3][:, 3] = 1e4
+    return drawn
 
 
 @BUCKETS
 def test_large_bias(backend):
     """Scores of hundreds: the softmax is nearly one key's, and exp of a score would overflow."""
-    tensors, segments, longest = problem([(12, 9), (5, 0), (0, 9)])
-    with torch.no_grad():
-        tensors[3].mul_(300)
-        tensors[3][:, 3] = 1e4  # all keys alike
-    check_float64(tensors, segments, longest, False, backend)
-    single = [x.detach().float().requires_grad_() for x in tensors]
-    check_rounding(single, segments, longest, False, backend, condition=1e4)
+    make = lambda dtype: with_large_bias(problem([(12, 9), (5, 0), (0, 9)], dtype=dtype))
+    check_float64(*make(torch.float64), False, backend)
+    check_rounding(lambda: make(torch.float32), False, backend, condition=1e4)
 
 
 def leave_keys_out(bias):

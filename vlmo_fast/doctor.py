@@ -162,12 +162,19 @@ def _examine_tool(tool: _Tool) -> dict[str, str | None]:
 
 def _examine_extension(name: str) -> dict[str, str | None]:
     built = extensions.is_built(name)
+    capability = None
+    if built and name == "cpu":
+        try:
+            capability = extensions.cpu_capability()
+        except ImportError:  # whoever needs it gets the message
+            capability = "does not load"
     return {
         "name": f"{name} extension",
         "path": str(extensions.library(name)) if built else None,
         "version": "built" if built else None,
         "purpose": _EXTENSIONS[name],
         "install": None if built else extensions.build_command(name),
+        "capability": capability,
     }
 
 
@@ -230,6 +237,7 @@ def render(report: dict[str, Any]) -> str:
             ("torch", f"{torch['version']}, built for {torch['build']}"),
             ("cpu", f"{torch['cpu_capability']}, {threads} thread{'s' if threads != 1 else ''}"),
         ]
+        rows += [(part["name"], part["capability"]) for part in report["extensions"] if part["capability"]]
         rows += [(device["device"], _describe(device)) for device in torch["devices"]]
         rows += [] if torch["devices"] else [("gpu", "none that torch can use")]
     sections = ["\n".join(_table(rows))]

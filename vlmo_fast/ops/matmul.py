@@ -1,7 +1,8 @@
 """Matrix products with a weight, on the library that is fastest at them.
 
-On a CPU that is oneDNN where it takes the dtype. Products of a few hundred rows are faster there than in MKL, which is
-behind `torch.mm` and `F.linear`: twofold on processors of whose vector units MKL uses half (docs/log.md).
+On a CPU that is oneDNN or MKL, which is behind `torch.mm` and `F.linear`. With AVX-512 oneDNN is the faster one, a
+little on Intel's processors and twofold on AMD's, of whose vector units MKL uses half. With AVX2 alone MKL is: by a
+tenth, and more on AMD's (docs/log.md).
 """
 
 from __future__ import annotations
