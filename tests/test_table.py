@@ -96,7 +96,11 @@ def test_nobody_else_compares_names():
     """
     names, found = {name for _, name in EVERY_ROW}, []
     for path in sorted(PACKAGE.rglob("*.py")):
-        if path.relative_to(PACKAGE) == Path("ops/dispatch.py") or path.name in ("build.py", "doctor.py", "extensions.py"):
+        if path.relative_to(PACKAGE) == Path("ops/dispatch.py") or path.name in (
+            "build.py",
+            "doctor.py",
+            "extensions.py",
+        ):
             continue
         tree = ast.parse(path.read_text(encoding="utf-8"))
         of_packages = {
