@@ -88,19 +88,14 @@ def test_the_ops_below_refuse_a_name_without_a_row():
         torch.ops.vlmo_fast.attention(*(torch.ones(1, 1, 2, 4),) * 3, None, None, 1.0, "foo")
 
 
-def test_nobody_else_compares_names():
-    """Only the table knows what a name stands for.
+OTHER_NAMES = ("build.py", "doctor.py", "extensions.py")  # of libraries of csrc/, and of packages
 
-    Some names are also those of devices, which are compared with `.type`, of libraries of csrc/ (build.py) and of
-    packages (doctor.py, `find_spec`).
-    """
+
+def test_nobody_else_compares_names():
+    """Only the table knows what a name stands for; devices, some of whose names are the same, are compared by `.type`."""
     names, found = {name for _, name in EVERY_ROW}, []
     for path in sorted(PACKAGE.rglob("*.py")):
-        if path.relative_to(PACKAGE) == Path("ops/dispatch.py") or path.name in (
-            "build.py",
-            "doctor.py",
-            "extensions.py",
-        ):
+        if path.relative_to(PACKAGE) == Path("ops/dispatch.py") or path.name in OTHER_NAMES:
             continue
         tree = ast.parse(path.read_text(encoding="utf-8"))
         of_packages = {
