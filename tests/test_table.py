@@ -92,7 +92,7 @@ OTHER_NAMES = ("build.py", "doctor.py", "extensions.py")  # of libraries of csrc
 
 
 def test_nobody_else_compares_names():
-    """Only the table knows what a name stands for; devices, some of whose names are the same, are compared by `.type`."""
+    """Only the table knows what a name stands for; devices, which share some names, are compared by `.type`."""
     names, found = {name for _, name in EVERY_ROW}, []
     for path in sorted(PACKAGE.rglob("*.py")):
         if path.relative_to(PACKAGE) == Path("ops/dispatch.py") or path.name in OTHER_NAMES:
