@@ -388,7 +388,7 @@ def test_gradient_norms(golden):
 def test_gradients_against_float64(golden):
     """Element by element, since norms miss signs; against another derivation, since one code shares its mistakes.
 
-    In float32 the reference's attention is held to 2e-5 in the worst element, and whichever is chosen to twice that. The
+    In float32 the reference's attention is held to 2e-5 in the worst element, whichever is chosen to twice that. The
     mean over the parameters is held to 1.5 times the reference's over six draws of images, since in one of them all
     parameters share an error, and the ratio is luck: 0.8 to 1.65 (docs/log.md).
     """
