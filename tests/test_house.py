@@ -399,7 +399,7 @@ def test_a_missing_tool_fails_in_ci_and_skips_elsewhere(
 
 def test_ci_runs_the_targets_of_make() -> None:
     script = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
-    targets = ["venv", "check", "test", "test-triton", "test-slow"]
+    targets = ["venv", "check", "test", "test-avx2", "test-triton", "test-slow"]
     assert re.findall(r"^step \S+ make (.+)$", script, re.MULTILINE) == targets
     assert "\nexport CI=true\n" in script
     assert os.access(ROOT / ".ci" / "run", os.X_OK)
