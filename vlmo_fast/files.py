@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vlmo_fast.requirements import missing
+
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # in which a model can compute
 WRAPPERS = ("state_dict", "module", "model")  # keys under which training codes keep the tensors, in order
 
@@ -83,22 +85,35 @@ def _read_file(path: Path, who: str) -> Mapping[str, Any]:
         with torch.serialization.safe_globals([argparse.Namespace]), path.open("rb") as file:
             loaded = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load's own errors are of many types
-        raise ValueError(f"{who}: {path} must be a readable torch checkpoint of tensors alone, got {error}") from error
+        raise ValueError(
+            f"{who}: {path} must be a readable torch checkpoint of tensors alone, or safetensors, got "
+            + _what_is_wrong(path, error)
+        ) from error
     if not isinstance(loaded, Mapping):
         raise ValueError(f"{who}: {path} must hold a dictionary, got {type(loaded).__name__}")
     return loaded
+
+
+def _what_is_wrong(path: Path, error: Exception) -> str:
+    """Why torch cannot open a file. Not in torch's words where they advise to switch its protection off."""
+    with path.open("rb") as file:
+        head = file.read(12)
+    if not head:
+        return "an empty file"
+    if not head.startswith((b"PK", b"\x80")):  # a zip archive, a pickle
+        return f"a file that begins with {head!r}"
+    text = str(error)
+    if "weights_only" in text:
+        _, _, text = text.partition("WeightsUnpickler error: ")
+        text = f"one that holds something else ({' '.join(text.split('.')[0].split()[:12])})"
+    return text or type(error).__name__
 
 
 def _read_safetensors(path: Path, who: str) -> dict[str, Tensor]:
     try:
         from safetensors.torch import load_file
     except ModuleNotFoundError as error:
-        from vlmo_fast.doctor import install_command
-
-        raise ImportError(
-            f"{who}: {path} needs the package safetensors, which is not installed. "
-            f"To install it: {install_command('transformers')}"
-        ) from error
+        raise missing(f"{who}: {path}", "safetensors") from error
     try:
         tensors: dict[str, Tensor] = load_file(path)
     except Exception as error:  # a Rust error, or OSError
@@ -137,22 +152,56 @@ def _read_shards(index: Path, who: str) -> dict[str, Tensor]:
 def write_whole(path: Path, write: Callable[[Path], None]) -> None:
     """Let `write` make a file or folder beside `path` and move it there: it appears whole or not at all.
 
-    What stood there before is replaced, and stays as it was where `write` fails.
+    What stood there before is replaced, and stays as it was where `write` fails; a link stays a link. Permissions are
+    those of any new file of the user's, whatever library writes.
+
+    Raises:
+        OSError: it cannot be written: the disk is full, say.
     """
+    path = Path(os.path.realpath(path))
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     aside = path.with_name(f".{path.name}.{os.getpid()}.old")
     try:
         write(temporary)
+        _open_to_others(temporary)
         if path.is_dir():
             path.rename(aside)
         temporary.replace(path)
-    except BaseException:
+    except BaseException as error:
         if aside.exists():
             aside.rename(path)
         if temporary.is_dir():
             shutil.rmtree(temporary)
         else:
             temporary.unlink(missing_ok=True)
+        reason = _failed_write(error)
+        if reason is not None:
+            raise OSError(f"{path} cannot be written: {reason}") from error
         raise
     if aside.exists():
         shutil.rmtree(aside)
+
+
+def _failed_write(error: BaseException) -> str | None:
+    """What the system said, where the error does not name the file: a library has wrapped it, or written to it."""
+    if isinstance(error, OSError):
+        return error.strerror if error.filename is None else None
+    if isinstance(error, RuntimeError) and isinstance(error.__context__, OSError):  # torch
+        return error.__context__.strerror
+    if type(error).__name__ == "SafetensorError":
+        return str(error).partition("I/O error: ")[2] or None
+    return None
+
+
+def _open_to_others(path: Path) -> None:
+    """The permissions that the user's umask gives; some libraries write 0600."""
+    paths = [path, *path.rglob("*")] if path.is_dir() else [path]
+    probe = path.with_name(f"{path.name}.mode")  # the umask itself can only be read by setting it
+    try:
+        probe.touch()
+        mode = probe.stat().st_mode & 0o666
+    finally:
+        probe.unlink(missing_ok=True)
+    for each in paths:
+        if each.is_file() and not each.is_symlink():
+            each.chmod(each.stat().st_mode & 0o111 | mode)

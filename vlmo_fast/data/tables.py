@@ -19,6 +19,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from vlmo_fast.requirements import require
+
 __all__ = ["TABLE_SUFFIXES", "TableError", "is_table", "read_lines", "read_table"]
 
 TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet")
@@ -159,14 +161,9 @@ def _delimited_rows(path: Path, columns: Sequence[str], delimiter: str) -> Itera
 def _parquet_rows(path: Path, columns: Sequence[str]) -> Iterable[tuple[str, Mapping[str, Any]]]:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: there is no such file")
-    try:
-        from pyarrow import parquet
-    except ModuleNotFoundError as error:
-        from vlmo_fast.doctor import install_command
+    require(str(path), "pyarrow")
+    from pyarrow import parquet
 
-        raise ImportError(
-            f"{path}: Parquet needs the package pyarrow; to install it: {install_command('data')}"
-        ) from error
     try:
         file = parquet.ParquetFile(path)
         names = file.schema_arrow.names

@@ -22,13 +22,9 @@ try:
 except ModuleNotFoundError as error:
     if error.name != "transformers":
         raise
-    from vlmo_fast.doctor import install_command
+    from vlmo_fast.requirements import missing
 
-    raise ModuleNotFoundError(
-        "vlmo_fast.hf: the package transformers must be installed, got none; "
-        f"to install it: {install_command('transformers')}",
-        name=error.name,
-    ) from error
+    raise missing("vlmo_fast.hf", "transformers") from error
 
 from vlmo_fast.hf import modeling, processing
 from vlmo_fast.hf.configuration import VLMoConfig

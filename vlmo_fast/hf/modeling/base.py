@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, make_dataclass
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, NoReturn, get_type_hints
 
 from torch import Tensor, nn
@@ -17,6 +16,7 @@ from vlmo_fast.hf.attention import AttentionFunction, attend_by
 from vlmo_fast.hf.configuration import VLMoConfig
 from vlmo_fast.model import MoMETransformer
 from vlmo_fast.outputs import MoMEOutput
+from vlmo_fast.requirements import require
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
@@ -119,13 +119,8 @@ class VLMoPreTrainedModel(PreTrainedModel):
     def _attention_function(self, name: str) -> AttentionFunction | None:
         """The registered function of that name, or None for a name of the attention op's."""
         known = ("auto", *ops.implementations("attention"))
-        if name == "xformers" and find_spec("xformers") is None:
-            from vlmo_fast.doctor import install_command
-
-            raise ImportError(
-                f"{type(self).__name__}: attn_implementation 'xformers' needs the package xformers, which is not "
-                f"installed. To install it: {install_command('xformers')}"
-            )
+        if name == "xformers":
+            require(f"{type(self).__name__}: attn_implementation 'xformers'", "xformers")
         if name in known:
             return None
         if name not in ALL_ATTENTION_FUNCTIONS or any(part in name for part in NO_BIAS_PER_HEAD):
