@@ -754,3 +754,21 @@ def test_twins_have_one_similarity(dtype: torch.dtype, width: int, size: int, ba
     assert torch.equal(ranks.text_ranks, 1 + position)
     assert torch.equal(ranks.image_ranks, 1 + position)
     assert (ops.retrieval_ranks(copies, copies, image_ids=ids, text_ids=ids, backend=backend).text_ranks == 1).all()
+
+
+def test_the_scale_may_be_a_number_and_tensors_must_be() -> None:
+    x, y = (F.normalize(torch.randn(4, 8), dim=1) for _ in range(2))
+    for scale in (14, 14.0):
+        assert torch.equal(ops.contrastive_loss(x, y, scale), ops.contrastive_loss(x, y, torch.tensor(14.0)))
+        for ours, theirs in zip(
+            ops.contrastive_lse(x, y, scale), ops.contrastive_lse(x, y, torch.tensor(14.0)), strict=True
+        ):
+            assert torch.equal(ours, theirs)
+        assert ops.sample_hard_negatives(x, y, scale).image_ids.shape == (4,)
+    for op in (ops.contrastive_loss, ops.contrastive_lse):
+        with pytest.raises(TypeError, match=rf"^{op.__name__}: image_embeds must be a tensor, got list"):
+            op(x.tolist(), y, 14.0)
+        with pytest.raises(TypeError, match="logit_scale must be a 0-d tensor or a number, got str"):
+            op(x, y, "14")
+    with pytest.raises(TypeError, match="text_ids must be a tensor, got list"):
+        ops.contrastive_loss(x, y, 14.0, image_ids=torch.arange(4), text_ids=[0, 1, 2, 3])

@@ -16,12 +16,24 @@ def check_embeddings(
     op: str,
     image_embeds: Tensor,
     text_embeds: Tensor,
-    logit_scale: Tensor,
+    logit_scale: Tensor | float,
     image_ids: Tensor | None,
     text_ids: Tensor | None,
     pairs: bool = True,
-) -> None:
-    """What all ops on a matrix of similarities ask of their arguments; `pairs`: without ids, row i belongs to row i."""
+) -> Tensor:
+    """What all ops on a matrix of similarities ask of their arguments; `pairs`: without ids, row i belongs to row i.
+
+    Returns:
+        The logit scale as a tensor.
+    """
+    tensors = {"image_embeds": image_embeds, "text_embeds": text_embeds, "image_ids": image_ids, "text_ids": text_ids}
+    for name, value in tensors.items():
+        if not isinstance(value, Tensor) and (value is not None or name.endswith("embeds")):
+            raise TypeError(f"{op}: {name} must be a tensor, got {type(value).__name__}")
+    if isinstance(logit_scale, (int, float)):
+        logit_scale = torch.tensor(float(logit_scale), dtype=torch.float64)
+    if not isinstance(logit_scale, Tensor):
+        raise TypeError(f"{op}: logit_scale must be a 0-d tensor or a number, got {type(logit_scale).__name__}")
     shapes = f"got {tuple(image_embeds.shape)} and {tuple(text_embeds.shape)}"
     if (image_ids is None) != (text_ids is None):
         raise ValueError(f"{op}: image_ids and text_ids must come together, got one of them")
@@ -57,6 +69,7 @@ def check_embeddings(
             raise ValueError(f"{op}: {name} must have shape {(len(embeds),)}, got {tuple(ids.shape)}")
         if ids.device != embeds.device:
             raise ValueError(f"{op}: {name} must be on {embeds.device}, got {ids.device}")
+    return logit_scale
 
 
 def check_workspace(op: str, workspace_bytes: int) -> None:

@@ -31,7 +31,7 @@ GATHERED_BYTES = 2**30  # of the texts of all ranks; beyond it they pass from ra
 def contrastive_loss(
     image_embeds: Tensor,
     text_embeds: Tensor,
-    logit_scale: Tensor,
+    logit_scale: Tensor | float,
     *,
     image_ids: Tensor | None = None,
     text_ids: Tensor | None = None,
@@ -67,7 +67,7 @@ def contrastive_loss(
     Args:
         image_embeds: unit-norm embeddings, (N, P), any float dtype.
         text_embeds: unit-norm embeddings, (M, P); without ids, N = M and row i belongs to image i.
-        logit_scale: 0-d multiplier of the similarities, already exponentiated.
+        logit_scale: multiplier of the similarities, already exponentiated: a 0-d tensor or a number.
         image_ids: (N,) int64, what each image shows, or None.
         text_ids: (M,) int64, what each text describes; with `image_ids` or not at all.
         positives: "exclude" or "average", for a row with several positives. Without ids they are the same.
@@ -88,7 +88,7 @@ def contrastive_loss(
         NotImplementedError: the backend cannot run here; names those that can.
     """
     op = "contrastive_loss"
-    check_embeddings(op, image_embeds, text_embeds, logit_scale, image_ids, text_ids)
+    logit_scale = check_embeddings(op, image_embeds, text_embeds, logit_scale, image_ids, text_ids)
     if positives not in ("exclude", "average"):
         raise ValueError(f"{op}: positives must be 'exclude' or 'average', got {positives!r}")
     if gradient not in ("exact", "release"):

@@ -44,7 +44,7 @@ class ContrastiveLSE(NamedTuple):
 def contrastive_lse(
     image_embeds: Tensor,
     text_embeds: Tensor,
-    logit_scale: Tensor,
+    logit_scale: Tensor | float,
     *,
     image_ids: Tensor | None = None,
     text_ids: Tensor | None = None,
@@ -61,7 +61,7 @@ def contrastive_lse(
     Args:
         image_embeds: (N, P), any float dtype.
         text_embeds: (M, P).
-        logit_scale: 0-d multiplier of the similarities, already exponentiated.
+        logit_scale: multiplier of the similarities, already exponentiated: a 0-d tensor or a number.
         image_ids: (N,) int64, or None. Pairs of equal ids are left out.
         text_ids: (M,) int64; with `image_ids` or not at all.
         exclude_diagonal: leave text i out for image i; not together with ids.
@@ -77,7 +77,7 @@ def contrastive_lse(
         NotImplementedError: the backend cannot run here; names those that can.
     """
     op = "contrastive_lse"
-    check_embeddings(op, image_embeds, text_embeds, logit_scale, image_ids, text_ids, pairs=False)
+    logit_scale = check_embeddings(op, image_embeds, text_embeds, logit_scale, image_ids, text_ids, pairs=False)
     check_workspace(op, workspace_bytes)
     if exclude_diagonal and image_ids is not None:
         raise ValueError(f"{op}: exclude_diagonal must be False together with ids, got True")

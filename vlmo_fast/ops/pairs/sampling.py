@@ -38,7 +38,7 @@ class HardNegatives(NamedTuple):
 def sample_hard_negatives(
     image_embeds: Tensor,
     text_embeds: Tensor,
-    logit_scale: Tensor,
+    logit_scale: Tensor | float,
     *,
     image_ids: Tensor | None = None,
     text_ids: Tensor | None = None,
@@ -58,7 +58,7 @@ def sample_hard_negatives(
     Args:
         image_embeds: unit-norm embeddings, (N, P), any float dtype.
         text_embeds: unit-norm embeddings, (M, P); without ids, N = M at least 2, and row i belongs to image i.
-        logit_scale: 0-d multiplier of the similarities, already exponentiated.
+        logit_scale: multiplier of the similarities, already exponentiated: a 0-d tensor or a number.
         image_ids: (N,) int64, what each image shows, or None; pairs of equal ids are never drawn.
         text_ids: (M,) int64; with `image_ids` or not at all.
         process_group: of `torch.distributed`, or None. With one, negatives come from the batch of all ranks and the
@@ -81,7 +81,7 @@ def sample_hard_negatives(
             f"{op}: image_embeds and text_embeds must be at least 2 pairs, "
             f"got {len(image_embeds)} images and {len(text_embeds)} texts"
         )
-    check_embeddings(op, image_embeds, text_embeds, logit_scale, image_ids, text_ids)
+    logit_scale = check_embeddings(op, image_embeds, text_embeds, logit_scale, image_ids, text_ids)
     draw = load(op, select(op, problem_of(image_embeds, text_embeds, ranks), backend))
     with torch.no_grad(), torch.autocast(image_embeds.device.type, enabled=False):
         require_finite(op, "image_embeds and text_embeds", image_embeds, text_embeds, logit_scale)
