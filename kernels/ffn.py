@@ -43,33 +43,35 @@ __all__ = ["backward", "forward"]
 
 MAX_GROUPS = 3  # of one launch; a block has language, vision and vl
 # What changes from batch to batch: a kernel is not built anew for a number that 16 divides, or for 1.
-_COUNTS = ("start0", "size0", "start1", "size1", "start2", "size2", "rows", "num_row_tiles")
+_COUNTS = ("start0", "size0", "start1", "size1", "start2", "size2", "num_rows", "num_row_tiles")
 SWIZZLE = 8  # row tiles that neighbouring programs share the columns of, for the L2 cache
 
 
 @triton.jit
 def _cdf(z):
-    """Of the normal distribution."""
+    """Standard normal CDF."""
     return 0.5 + 0.5 * tl.erf(z * 0.7071067811865476)
 
 
 @triton.jit
 def _pdf(z):
+    """Standard normal density."""
     return 0.3989422804014327 * tl.exp(-0.5 * z * z)
 
 
 @triton.jit
 def _num_row_tiles(size0, size1, size2, BLOCK_M: tl.constexpr):
+    """Number of row tiles of all groups; a tile never spans two groups."""
     return tl.cdiv(size0, BLOCK_M) + tl.cdiv(size1, BLOCK_M) + tl.cdiv(size2, BLOCK_M)
 
 
 @triton.jit
 def _locate(
-    tile, start0, size0, start1, size1, start2, size2, columns, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    SWIZZLE: tl.constexpr,
+    tile, start0, size0, start1, size1, start2, size2, num_columns,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SWIZZLE: tl.constexpr,
 ):  # fmt: skip
-    """Group of a tile, its first row, the end of its group's rows, its first column, and its row tile's number."""
-    num_n = tl.cdiv(columns, BLOCK_N)
+    """Map a tile's number to (group, first row, end of the group's rows, first column, number of the row tile)."""
+    num_n = tl.cdiv(num_columns, BLOCK_N)
     m0 = tl.cdiv(size0, BLOCK_M)
     m1 = tl.cdiv(size1, BLOCK_M)
     in1 = tile >= m0 * num_n
@@ -88,354 +90,515 @@ def _locate(
 
 
 @triton.jit
-def _pick(group, of0, of1, of2, NUM_GROUPS: tl.constexpr):
-    """The pointer of a group."""
-    pointer = of0
+def _select(group, ptr0, ptr1, ptr2, NUM_GROUPS: tl.constexpr):
+    """Select the pointer of a group, 0 to NUM_GROUPS - 1."""
+    ptr = ptr0
     if NUM_GROUPS > 1:
         if group == 1:
-            pointer = of1
+            ptr = ptr1
     if NUM_GROUPS > 2:
         if group == 2:
-            pointer = of2
-    return pointer
+            ptr = ptr2
+    return ptr
 
 
 @triton.jit
-def _halves(tile, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+def _split_in_two(tile, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Split a (BLOCK_M, BLOCK_N) tile into its left and right half, (BLOCK_M, BLOCK_N / 2) each."""
     return tl.split(tl.permute(tl.reshape(tile, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
 
 
 @triton.jit
-def _parts(tile, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, NUM_PARTS: tl.constexpr):
-    """Columns of a tile in parts, one after the other, so that an epilogue holds fewer numbers at a time."""
+def _split_columns(tile, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, NUM_PARTS: tl.constexpr):
+    """Split a tile into 1, 2 or 4 parts of adjacent columns, so that an epilogue holds fewer numbers at a time."""
     if NUM_PARTS == 1:
         return (tile,)
     elif NUM_PARTS == 2:  # noqa: RET505 - Triton leaves out the other branches, but not what follows a return
-        return _halves(tile, BLOCK_M, BLOCK_N)
+        return _split_in_two(tile, BLOCK_M, BLOCK_N)
     else:
-        left, right = _halves(tile, BLOCK_M, BLOCK_N)
-        first, second = _halves(left, BLOCK_M, BLOCK_N // 2)
-        third, fourth = _halves(right, BLOCK_M, BLOCK_N // 2)
+        left, right = _split_in_two(tile, BLOCK_M, BLOCK_N)
+        first, second = _split_in_two(left, BLOCK_M, BLOCK_N // 2)
+        third, fourth = _split_in_two(right, BLOCK_M, BLOCK_N // 2)
         return (first, second, third, fourth)
 
 
 @triton.jit
-def _dot(left, right, total, PRECISION: tl.constexpr):
+def _dot(a, b, acc, PRECISION: tl.constexpr):
+    """Return acc + a b; a (M, K), b (K, N), acc (M, N) float32."""
     if PRECISION == "interpreted":  # the interpreter would multiply the bits of bfloat16 numbers as integers
-        return tl.dot(left.to(tl.float32), right.to(tl.float32), total)
-    return tl.dot(left, right, total, input_precision=PRECISION)
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc)
+    return tl.dot(a, b, acc, input_precision=PRECISION)
 
 
 @triton.jit
-def _product_of(
-    a, b, row, column, rows, columns, K,
-    B_IS_ROWS: tl.constexpr, USE_TMA: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """A tile of a b^T, where b is (columns, K), or with B_IS_ROWS of a b, where b is (K, columns)."""
-    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+def _accumulate(
+    acc,  # (BLOCK_M, BLOCK_N) float32
+    a_ptr,  # (num_rows, K), or its descriptor
+    b_ptr,  # (num_columns, K); (K, num_columns) if B_IS_ROWS; or its descriptor
+    row,
+    column,
+    num_rows,
+    num_columns,
+    K,
+    B_IS_ROWS: tl.constexpr,
+    USE_TMA: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Add to `acc` the tile of a b^T, or of a b if B_IS_ROWS, that begins at (row, column)."""
     if USE_TMA:
         for k in range(0, K, BLOCK_K):
-            left = a.load([row, k])  # (BLOCK_M, BLOCK_K)
+            a = a_ptr.load([row, k])  # (BLOCK_M, BLOCK_K)
             if B_IS_ROWS:
-                right = b.load([k, column])  # (BLOCK_K, BLOCK_N)
+                b = b_ptr.load([k, column])  # (BLOCK_K, BLOCK_N)
             else:
-                right = b.load([column, k]).T
-            total = _dot(left, right, total, PRECISION)
+                b = b_ptr.load([column, k]).T  # (BLOCK_K, BLOCK_N)
+            acc = _dot(a, b, acc, PRECISION)
     else:
         row_index = row + tl.arange(0, BLOCK_M)
         column_index = column + tl.arange(0, BLOCK_N)
         k_index = tl.arange(0, BLOCK_K)
         # Beyond the end the last row is read, of b as well, and the result is never written.
-        row_index = tl.where(row_index < rows, row_index, rows - 1)
-        left_at = a + row_index.to(tl.int64)[:, None] * K + k_index[None, :]
+        row_index = tl.where(row_index < num_rows, row_index, num_rows - 1)
+        a_ptrs = a_ptr + row_index.to(tl.int64)[:, None] * K + k_index[None, :]  # (BLOCK_M, BLOCK_K)
         if B_IS_ROWS:
-            right_at = b + k_index.to(tl.int64)[:, None] * columns + column_index[None, :]
+            b_ptrs = b_ptr + k_index.to(tl.int64)[:, None] * num_columns + column_index[None, :]  # (BLOCK_K, BLOCK_N)
         else:
-            column_index = tl.where(column_index < columns, column_index, columns - 1)
-            right_at = b + column_index.to(tl.int64)[None, :] * K + k_index[:, None]
+            column_index = tl.where(column_index < num_columns, column_index, num_columns - 1)
+            b_ptrs = b_ptr + column_index.to(tl.int64)[None, :] * K + k_index[:, None]  # (BLOCK_K, BLOCK_N)
         for k in range(0, K, BLOCK_K):
-            inside = k_index < K - k
-            left = tl.load(left_at, mask=inside[None, :], other=0.0)
-            right_inside = inside[:, None]
+            in_k = k_index < K - k
+            a = tl.load(a_ptrs, mask=in_k[None, :], other=0.0)  # (BLOCK_M, BLOCK_K)
+            b_mask = in_k[:, None]
             if B_IS_ROWS:
-                right_inside = right_inside & (column_index < columns)[None, :]
-            right = tl.load(right_at, mask=right_inside, other=0.0)
-            total = _dot(left, right, total, PRECISION)
-            left_at += BLOCK_K
+                b_mask = b_mask & (column_index < num_columns)[None, :]
+            b = tl.load(b_ptrs, mask=b_mask, other=0.0)  # (BLOCK_K, BLOCK_N)
+            acc = _dot(a, b, acc, PRECISION)
+            a_ptrs += BLOCK_K
             if B_IS_ROWS:
-                right_at += BLOCK_K * columns
+                b_ptrs += BLOCK_K * num_columns
             else:
-                right_at += BLOCK_K
-    return total
+                b_ptrs += BLOCK_K
+    return acc
 
 
 @triton.jit
-def _product(
-    group, a, b0, b1, b2, row, column, rows, columns, K,
-    NUM_GROUPS: tl.constexpr, B_IS_ROWS: tl.constexpr, USE_TMA: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """The tile with the weight of its group. Descriptors cannot be picked at run time: each has a loop of its own."""
+def _grouped_product(
+    group,
+    a_ptr,  # (num_rows, K), or its descriptor
+    b0_ptr,  # (num_columns, K); (K, num_columns) if B_IS_ROWS; or its descriptor
+    b1_ptr,  # like b0
+    b2_ptr,  # like b0
+    row,
+    column,
+    num_rows,
+    num_columns,
+    K,
+    NUM_GROUPS: tl.constexpr,
+    B_IS_ROWS: tl.constexpr,
+    USE_TMA: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Tile of the product of a with its group's b, (BLOCK_M, BLOCK_N) float32.
+
+    A descriptor cannot be selected at run time, so each has a loop of its own. All loops add to one accumulator: with
+    one each, ptxas runs out of registers and serialises the products.
+    """
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     if USE_TMA:
-        total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         if group == 0:
-            total = _product_of(
-                a, b0, row, column, rows, columns, K, B_IS_ROWS, USE_TMA, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K
-            )
+            acc = _accumulate(
+                acc, a_ptr, b0_ptr, row, column, num_rows, num_columns, K,
+                B_IS_ROWS, USE_TMA, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+            )  # fmt: skip
         if NUM_GROUPS > 1:
             if group == 1:
-                total = _product_of(
-                    a, b1, row, column, rows, columns, K,
+                acc = _accumulate(
+                    acc, a_ptr, b1_ptr, row, column, num_rows, num_columns, K,
                     B_IS_ROWS, USE_TMA, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
                 )  # fmt: skip
         if NUM_GROUPS > 2:
             if group == 2:
-                total = _product_of(
-                    a, b2, row, column, rows, columns, K,
+                acc = _accumulate(
+                    acc, a_ptr, b2_ptr, row, column, num_rows, num_columns, K,
                     B_IS_ROWS, USE_TMA, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
                 )  # fmt: skip
-        return total
-    b = _pick(group, b0, b1, b2, NUM_GROUPS)
-    return _product_of(a, b, row, column, rows, columns, K, B_IS_ROWS, USE_TMA, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K)
+    else:
+        b_ptr = _select(group, b0_ptr, b1_ptr, b2_ptr, NUM_GROUPS)
+        acc = _accumulate(
+            acc, a_ptr, b_ptr, row, column, num_rows, num_columns, K,
+            B_IS_ROWS, USE_TMA, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
+    return acc
 
 
 @triton.jit(do_not_specialize=_COUNTS)
 def _mome_ffn_norm_kernel(
-    x, statistics, normed, weight0, weight1, weight2, bias0, bias1, bias2,
-    start0, size0, start1, size1, start2, size2, rows, D, x_stride, eps,
-    HAS_STATISTICS: tl.constexpr, SAVE: tl.constexpr, NUM_GROUPS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """LN(x), a block of rows a program, in one read; statistics are written, or read if they are there.
+    x_ptr,  # (N, D), rows x_stride apart
+    statistics_ptr,  # (3, N) float32
+    normed_ptr,  # (N, D)
+    norm_weight0_ptr,  # (D,)
+    norm_weight1_ptr,  # (D,)
+    norm_weight2_ptr,  # (D,)
+    norm_bias0_ptr,  # (D,)
+    norm_bias1_ptr,  # (D,)
+    norm_bias2_ptr,  # (D,)
+    start0,  # first row of group 0
+    size0,  # number of its rows
+    start1,
+    size1,
+    start2,
+    size2,
+    num_rows,  # N
+    D,
+    x_stride,
+    eps,
+    HAS_STATISTICS: tl.constexpr,
+    SAVE: tl.constexpr,
+    NUM_GROUPS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """LN(x), BLOCK_M rows a program, in one read; the statistics are read with HAS_STATISTICS, written with SAVE.
 
-    They are (3, N) float32: the mean, the reciprocal deviation, and what rounding took from the mean, without which
-    rows with a mean of many deviations lose digits.
+    They are the mean, the reciprocal standard deviation, and what rounding took from the mean, without which rows whose
+    mean is many standard deviations lose digits.
     """
     group, row, end, _, _ = _locate(
         tl.program_id(0), start0, size0, start1, size1, start2, size2, 1, BLOCK_M, BLOCK_N, 1
     )
     row_index = row + tl.arange(0, BLOCK_M)
     column_index = tl.arange(0, BLOCK_N)
-    inside = (row_index < end)[:, None] & (column_index < D)[None, :]
+    mask = (row_index < end)[:, None] & (column_index < D)[None, :]
     row64 = row_index.to(tl.int64)
-    values = tl.load(x + row64[:, None] * x_stride + column_index[None, :], mask=inside, other=0.0)
-    values = values.to(tl.float32)  # (BLOCK_M, BLOCK_N)
+    x = tl.load(x_ptr + row64[:, None] * x_stride + column_index[None, :], mask=mask, other=0.0)
+    x = x.to(tl.float32)  # (BLOCK_M, BLOCK_N)
     in_columns = (column_index < D)[None, :]
     if HAS_STATISTICS:
-        mean = tl.load(statistics + row64, mask=row_index < end, other=0.0)
-        rstd = tl.load(statistics + rows + row64, mask=row_index < end, other=0.0)
-        remainder = tl.load(statistics + 2 * rows.to(tl.int64) + row64, mask=row_index < end, other=0.0)
-        centred = values - mean[:, None] - remainder[:, None]
+        mean = tl.load(statistics_ptr + row64, mask=row_index < end, other=0.0)
+        rstd = tl.load(statistics_ptr + num_rows + row64, mask=row_index < end, other=0.0)
+        remainder = tl.load(statistics_ptr + 2 * num_rows.to(tl.int64) + row64, mask=row_index < end, other=0.0)
+        centred = x - mean[:, None] - remainder[:, None]
     else:
-        mean = tl.sum(values, 1) / D
-        centred = tl.where(in_columns, values - mean[:, None], 0.0)
+        mean = tl.sum(x, 1) / D
+        centred = tl.where(in_columns, x - mean[:, None], 0.0)
         remainder = tl.sum(centred, 1) / D
         centred = tl.where(in_columns, centred - remainder[:, None], 0.0)
         rstd = 1 / tl.sqrt(tl.sum(centred * centred, 1) / D + eps)
         if SAVE:
-            tl.store(statistics + row64, mean, mask=row_index < end)
-            tl.store(statistics + rows + row64, rstd, mask=row_index < end)
-            tl.store(statistics + 2 * rows.to(tl.int64) + row64, remainder, mask=row_index < end)
-    weight = tl.load(
-        _pick(group, weight0, weight1, weight2, NUM_GROUPS) + column_index, mask=column_index < D, other=0.0
-    )
-    bias = tl.load(_pick(group, bias0, bias1, bias2, NUM_GROUPS) + column_index, mask=column_index < D, other=0.0)
-    result = centred * rstd[:, None] * weight.to(tl.float32)[None, :] + bias.to(tl.float32)[None, :]
-    tl.store(normed + row64[:, None] * D + column_index[None, :], result.to(normed.dtype.element_ty), mask=inside)
+            tl.store(statistics_ptr + row64, mean, mask=row_index < end)
+            tl.store(statistics_ptr + num_rows + row64, rstd, mask=row_index < end)
+            tl.store(statistics_ptr + 2 * num_rows.to(tl.int64) + row64, remainder, mask=row_index < end)
+    weight_ptr = _select(group, norm_weight0_ptr, norm_weight1_ptr, norm_weight2_ptr, NUM_GROUPS)
+    weight = tl.load(weight_ptr + column_index, mask=column_index < D, other=0.0)  # (BLOCK_N,)
+    bias_ptr = _select(group, norm_bias0_ptr, norm_bias1_ptr, norm_bias2_ptr, NUM_GROUPS)
+    bias = tl.load(bias_ptr + column_index, mask=column_index < D, other=0.0)  # (BLOCK_N,)
+    normed = centred * rstd[:, None] * weight.to(tl.float32)[None, :] + bias.to(tl.float32)[None, :]
+    target = normed_ptr + row64[:, None] * D + column_index[None, :]
+    tl.store(target, normed.to(normed_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=_COUNTS)
 def _mome_ffn_fwd_fc1_kernel(
-    a, b0, b1, b2, bias0, bias1, bias2, z, h,
-    start0, size0, start1, size1, start2, size2, rows, F, D,
-    SAVE: tl.constexpr, NUM_GROUPS: tl.constexpr, SWIZZLE: tl.constexpr,
-    USE_TMA: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, NUM_PARTS: tl.constexpr,
-):  # fmt: skip
-    """Both z = a W1^T + b1 and h = gelu(z)."""
+    a_ptr,  # (N, D): LN(x); operands a and b are tensor descriptors where USE_TMA
+    b0_ptr,  # (F, D): W1
+    b1_ptr,  # (F, D)
+    b2_ptr,  # (F, D)
+    fc1_bias0_ptr,  # (F,)
+    fc1_bias1_ptr,  # (F,)
+    fc1_bias2_ptr,  # (F,)
+    z_ptr,  # (N, F), written if SAVE
+    h_ptr,  # (N, F)
+    start0,  # first row of group 0
+    size0,  # number of its rows
+    start1,
+    size1,
+    start2,
+    size2,
+    num_rows,  # N
+    F,
+    D,
+    SAVE: tl.constexpr,
+    NUM_GROUPS: tl.constexpr,
+    SWIZZLE: tl.constexpr,
+    USE_TMA: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    NUM_PARTS: tl.constexpr,
+):
+    """Write z = a W1^T + b1 and h = gelu(z)."""
     num_tiles = _num_row_tiles(size0, size1, size2, BLOCK_M) * tl.cdiv(F, BLOCK_N)
     for tile in range(tl.program_id(0), num_tiles, tl.num_programs(0)):
         group, row, end, column, _ = _locate(
             tile, start0, size0, start1, size1, start2, size2, F, BLOCK_M, BLOCK_N, SWIZZLE
         )
-        total = _product(
-            group, a, b0, b1, b2, row, column, rows, F, D,
+        acc = _grouped_product(
+            group, a_ptr, b0_ptr, b1_ptr, b2_ptr, row, column, num_rows, F, D,
             NUM_GROUPS, False, USE_TMA, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # (BLOCK_M, BLOCK_N)  # fmt: skip
         row_index = row + tl.arange(0, BLOCK_M)
-        bias_of = _pick(group, bias0, bias1, bias2, NUM_GROUPS)
-        parts = _parts(total, BLOCK_M, BLOCK_N, NUM_PARTS)
+        bias_ptr = _select(group, fc1_bias0_ptr, fc1_bias1_ptr, fc1_bias2_ptr, NUM_GROUPS)
+        parts = _split_columns(acc, BLOCK_M, BLOCK_N, NUM_PARTS)
         for part in tl.static_range(NUM_PARTS):
             column_index = column + part * (BLOCK_N // NUM_PARTS) + tl.arange(0, BLOCK_N // NUM_PARTS)
-            at = row_index.to(tl.int64)[:, None] * F + column_index[None, :]
-            inside = (row_index < end)[:, None] & (column_index < F)[None, :]
-            bias = tl.load(bias_of + column_index, mask=column_index < F, other=0.0).to(tl.float32)
-            rounded = (parts[part] + bias[None, :]).to(h.dtype.element_ty)  # as the backward pass will read it
+            offset = row_index.to(tl.int64)[:, None] * F + column_index[None, :]  # (BLOCK_M, BLOCK_N / NUM_PARTS)
+            mask = (row_index < end)[:, None] & (column_index < F)[None, :]
+            bias = tl.load(bias_ptr + column_index, mask=column_index < F, other=0.0).to(tl.float32)
+            rounded = (parts[part] + bias[None, :]).to(h_ptr.dtype.element_ty)  # as the backward pass will read it
             if SAVE:
-                tl.store(z + at, rounded, mask=inside)
-            value = rounded.to(tl.float32)
-            tl.store(h + at, (value * _cdf(value)).to(h.dtype.element_ty), mask=inside)
+                tl.store(z_ptr + offset, rounded, mask=mask)
+            z = rounded.to(tl.float32)
+            tl.store(h_ptr + offset, (z * _cdf(z)).to(h_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=_COUNTS)
 def _mome_ffn_fwd_fc2_kernel(
-    a, b0, b1, b2, bias0, bias1, bias2, x, layer_scale, row_scale, out,
-    start0, size0, start1, size1, start2, size2, rows, D, F, x_stride,
-    HAS_LAYER_SCALE: tl.constexpr, HAS_ROW_SCALE: tl.constexpr, NUM_GROUPS: tl.constexpr, SWIZZLE: tl.constexpr,
-    USE_TMA: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, NUM_PARTS: tl.constexpr,
-):  # fmt: skip
-    """The result, x + row_scale * layer_scale * (a W2^T + b2)."""
+    a_ptr,  # (N, F): h; operands a and b are tensor descriptors where USE_TMA
+    b0_ptr,  # (D, F): W2
+    b1_ptr,  # (D, F)
+    b2_ptr,  # (D, F)
+    fc2_bias0_ptr,  # (D,)
+    fc2_bias1_ptr,  # (D,)
+    fc2_bias2_ptr,  # (D,)
+    x_ptr,  # (N, D), rows x_stride apart
+    layer_scale_ptr,  # (D,), read if HAS_LAYER_SCALE
+    row_scale_ptr,  # (N,), read if HAS_ROW_SCALE
+    out_ptr,  # (N, D)
+    start0,  # first row of group 0
+    size0,  # number of its rows
+    start1,
+    size1,
+    start2,
+    size2,
+    num_rows,  # N
+    D,
+    F,
+    x_stride,
+    HAS_LAYER_SCALE: tl.constexpr,
+    HAS_ROW_SCALE: tl.constexpr,
+    NUM_GROUPS: tl.constexpr,
+    SWIZZLE: tl.constexpr,
+    USE_TMA: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    NUM_PARTS: tl.constexpr,
+):
+    """Write out = x + row_scale * layer_scale * (a W2^T + b2)."""
     num_tiles = _num_row_tiles(size0, size1, size2, BLOCK_M) * tl.cdiv(D, BLOCK_N)
     for tile in range(tl.program_id(0), num_tiles, tl.num_programs(0)):
         group, row, end, column, _ = _locate(
             tile, start0, size0, start1, size1, start2, size2, D, BLOCK_M, BLOCK_N, SWIZZLE
         )
-        total = _product(
-            group, a, b0, b1, b2, row, column, rows, D, F,
+        acc = _grouped_product(
+            group, a_ptr, b0_ptr, b1_ptr, b2_ptr, row, column, num_rows, D, F,
             NUM_GROUPS, False, USE_TMA, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # (BLOCK_M, BLOCK_N)  # fmt: skip
         row_index = row + tl.arange(0, BLOCK_M)
         row64 = row_index.to(tl.int64)[:, None]
-        bias_of = _pick(group, bias0, bias1, bias2, NUM_GROUPS)
+        bias_ptr = _select(group, fc2_bias0_ptr, fc2_bias1_ptr, fc2_bias2_ptr, NUM_GROUPS)
         if HAS_ROW_SCALE:
-            factor = tl.load(row_scale + row_index, mask=row_index < end, other=0.0).to(tl.float32)[:, None]
-        parts = _parts(total, BLOCK_M, BLOCK_N, NUM_PARTS)
+            row_scale = tl.load(row_scale_ptr + row_index, mask=row_index < end, other=0.0).to(tl.float32)[:, None]
+        parts = _split_columns(acc, BLOCK_M, BLOCK_N, NUM_PARTS)
         for part in tl.static_range(NUM_PARTS):
             column_index = column + part * (BLOCK_N // NUM_PARTS) + tl.arange(0, BLOCK_N // NUM_PARTS)
             in_columns = column_index < D
-            inside = (row_index < end)[:, None] & in_columns[None, :]
-            branch = parts[part] + tl.load(bias_of + column_index, mask=in_columns, other=0.0).to(tl.float32)[None, :]
+            mask = (row_index < end)[:, None] & in_columns[None, :]
+            branch = parts[part] + tl.load(bias_ptr + column_index, mask=in_columns, other=0.0).to(tl.float32)[None, :]
             if HAS_LAYER_SCALE:
-                branch *= tl.load(layer_scale + column_index, mask=in_columns, other=0.0).to(tl.float32)[None, :]
+                layer_scale = tl.load(layer_scale_ptr + column_index, mask=in_columns, other=0.0)
+                branch *= layer_scale.to(tl.float32)[None, :]
             if HAS_ROW_SCALE:
-                branch *= factor
-            residual = tl.load(x + row64 * x_stride + column_index[None, :], mask=inside, other=0.0).to(tl.float32)
-            tl.store(out + row64 * D + column_index[None, :], (residual + branch).to(out.dtype.element_ty), mask=inside)
+                branch *= row_scale
+            x = tl.load(x_ptr + row64 * x_stride + column_index[None, :], mask=mask, other=0.0).to(tl.float32)
+            target = out_ptr + row64 * D + column_index[None, :]  # (BLOCK_M, BLOCK_N / NUM_PARTS)
+            tl.store(target, (x + branch).to(out_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=_COUNTS)
 def _mome_ffn_bwd_dgrad2_kernel(
-    a, b0, b1, b2, shift0, shift1, shift2, slope0, slope1, slope2, z, row_scale, dz, h, row_sums, column_sums,
-    start0, size0, start1, size1, start2, size2, rows, F, D,
-    WRITE_H: tl.constexpr, HAS_ROW_SCALE: tl.constexpr, NUM_GROUPS: tl.constexpr, SWIZZLE: tl.constexpr,
-    USE_TMA: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, NUM_PARTS: tl.constexpr,
-):  # fmt: skip
-    """Gradient of z, dz = row_scale * (a W2') * gelu'(z), then row_scale * h, and the sums.
-
-    shift is W1 beta + b1, slope is W1 gamma, (F,) float32 each. row_sums is (2, column tiles, N): r1 and r2 of each
-    tile; column_sums is (row tiles, F): of dz.
-    """
+    a_ptr,  # (N, D): the gradient of `out`; operands a and b are tensor descriptors where USE_TMA
+    b0_ptr,  # (D, F): layer_scale * W2
+    b1_ptr,  # (D, F)
+    b2_ptr,  # (D, F)
+    shift0_ptr,  # (F,) float32: W1 beta + b1
+    shift1_ptr,  # (F,) float32
+    shift2_ptr,  # (F,) float32
+    slope0_ptr,  # (F,) float32: W1 gamma
+    slope1_ptr,  # (F,) float32
+    slope2_ptr,  # (F,) float32
+    z_ptr,  # (N, F)
+    row_scale_ptr,  # (N,), read if HAS_ROW_SCALE
+    d_z_ptr,  # (N, F)
+    h_ptr,  # (N, F): row_scale * h, written if WRITE_H
+    row_sums_ptr,  # (2, column tiles, N) float32: r1 and r2 over each tile's columns
+    column_sums_ptr,  # (row tiles, F) float32: sums of dz over each tile's rows
+    start0,  # first row of group 0
+    size0,  # number of its rows
+    start1,
+    size1,
+    start2,
+    size2,
+    num_rows,  # N
+    F,
+    D,
+    WRITE_H: tl.constexpr,
+    HAS_ROW_SCALE: tl.constexpr,
+    NUM_GROUPS: tl.constexpr,
+    SWIZZLE: tl.constexpr,
+    USE_TMA: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    NUM_PARTS: tl.constexpr,
+):
+    """Write dz = row_scale * (a W2') * gelu'(z), row_scale * h, and partial sums over rows and columns."""
     num_n = tl.cdiv(F, BLOCK_N)
     num_tiles = _num_row_tiles(size0, size1, size2, BLOCK_M) * num_n
     for tile in range(tl.program_id(0), num_tiles, tl.num_programs(0)):
         group, row, end, column, row_tile = _locate(
             tile, start0, size0, start1, size1, start2, size2, F, BLOCK_M, BLOCK_N, SWIZZLE
         )
-        total = _product(
-            group, a, b0, b1, b2, row, column, rows, F, D,
+        acc = _grouped_product(
+            group, a_ptr, b0_ptr, b1_ptr, b2_ptr, row, column, num_rows, F, D,
             NUM_GROUPS, True, USE_TMA, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # (BLOCK_M, BLOCK_N)  # fmt: skip
         row_index = row + tl.arange(0, BLOCK_M)
         in_rows = row_index < end
-        shift_of = _pick(group, shift0, shift1, shift2, NUM_GROUPS)
-        slope_of = _pick(group, slope0, slope1, slope2, NUM_GROUPS)
+        shift_ptr = _select(group, shift0_ptr, shift1_ptr, shift2_ptr, NUM_GROUPS)
+        slope_ptr = _select(group, slope0_ptr, slope1_ptr, slope2_ptr, NUM_GROUPS)
         if HAS_ROW_SCALE:
-            factor = tl.load(row_scale + row_index, mask=in_rows, other=0.0).to(tl.float32)[:, None]
-        sum1 = tl.zeros((BLOCK_M,), tl.float32)
-        sum2 = tl.zeros((BLOCK_M,), tl.float32)
-        parts = _parts(total, BLOCK_M, BLOCK_N, NUM_PARTS)
+            row_scale = tl.load(row_scale_ptr + row_index, mask=in_rows, other=0.0).to(tl.float32)[:, None]
+        r1 = tl.zeros((BLOCK_M,), tl.float32)
+        r2 = tl.zeros((BLOCK_M,), tl.float32)
+        parts = _split_columns(acc, BLOCK_M, BLOCK_N, NUM_PARTS)
         for part in tl.static_range(NUM_PARTS):
             column_index = column + part * (BLOCK_N // NUM_PARTS) + tl.arange(0, BLOCK_N // NUM_PARTS)
             in_columns = column_index < F
-            at = row_index.to(tl.int64)[:, None] * F + column_index[None, :]
-            inside = in_rows[:, None] & in_columns[None, :]
-            d_activation = parts[part]
-            value = tl.load(z + at, mask=inside, other=0.0).to(tl.float32)
-            cdf = _cdf(value)
-            activation = value * cdf
+            offset = row_index.to(tl.int64)[:, None] * F + column_index[None, :]  # (BLOCK_M, BLOCK_N / NUM_PARTS)
+            mask = in_rows[:, None] & in_columns[None, :]
+            d_h = parts[part]
+            z = tl.load(z_ptr + offset, mask=mask, other=0.0).to(tl.float32)
+            cdf = _cdf(z)
+            h = z * cdf
             if HAS_ROW_SCALE:
-                d_activation *= factor
-                activation *= factor
+                d_h *= row_scale
+                h *= row_scale
             if WRITE_H:
-                tl.store(h + at, activation.to(h.dtype.element_ty), mask=inside)
-            rounded = (d_activation * (cdf + value * _pdf(value))).to(dz.dtype.element_ty)
-            tl.store(dz + at, rounded, mask=inside)
-            d_value = tl.where(inside, rounded.to(tl.float32), 0.0)  # the numbers that the next product will read
-            shift = tl.load(shift_of + column_index, mask=in_columns, other=0.0)
-            slope = tl.load(slope_of + column_index, mask=in_columns, other=0.0)
-            sum1 += tl.sum(d_value * (value - shift[None, :]), 1)
-            sum2 += tl.sum(d_value * slope[None, :], 1)
-            tl.store(column_sums + row_tile.to(tl.int64) * F + column_index, tl.sum(d_value, 0), mask=in_columns)
-        sums_at = row_sums + (column // BLOCK_N).to(tl.int64) * rows + row_index
-        tl.store(sums_at, sum1, mask=in_rows)
-        tl.store(sums_at + num_n.to(tl.int64) * rows, sum2, mask=in_rows)
+                tl.store(h_ptr + offset, h.to(h_ptr.dtype.element_ty), mask=mask)
+            rounded = (d_h * (cdf + z * _pdf(z))).to(d_z_ptr.dtype.element_ty)
+            tl.store(d_z_ptr + offset, rounded, mask=mask)
+            d_z = tl.where(mask, rounded.to(tl.float32), 0.0)  # the numbers that the next product will read
+            shift = tl.load(shift_ptr + column_index, mask=in_columns, other=0.0)
+            slope = tl.load(slope_ptr + column_index, mask=in_columns, other=0.0)
+            r1 += tl.sum(d_z * (z - shift[None, :]), 1)
+            r2 += tl.sum(d_z * slope[None, :], 1)
+            tl.store(column_sums_ptr + row_tile.to(tl.int64) * F + column_index, tl.sum(d_z, 0), mask=in_columns)
+        r1_ptrs = row_sums_ptr + (column // BLOCK_N).to(tl.int64) * num_rows + row_index  # (BLOCK_M,)
+        tl.store(r1_ptrs, r1, mask=in_rows)
+        tl.store(r1_ptrs + num_n.to(tl.int64) * num_rows, r2, mask=in_rows)
 
 
 @triton.jit(do_not_specialize=_COUNTS)
 def _mome_ffn_bwd_dgrad1_kernel(
-    a, b0, b1, b2, gamma0, gamma1, gamma2, x, grad, row_scale, statistics, row_sums, dx, column_sums,
-    start0, size0, start1, size1, start2, size2, rows, D, F, x_stride, num_sums, num_row_tiles,
-    HAS_ROW_SCALE: tl.constexpr, NUM_GROUPS: tl.constexpr, SWIZZLE: tl.constexpr,
-    USE_TMA: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, NUM_PARTS: tl.constexpr,
-):  # fmt: skip
-    """Gradient of x, grad + rstd (gamma * (a W1) - r2 / D - x^ r1 / D), and column sums (3, row tiles, D).
+    a_ptr,  # (N, F): dz; operands a and b are tensor descriptors where USE_TMA
+    b0_ptr,  # (F, D): W1
+    b1_ptr,  # (F, D)
+    b2_ptr,  # (F, D)
+    norm_weight0_ptr,  # (D,): gamma
+    norm_weight1_ptr,  # (D,)
+    norm_weight2_ptr,  # (D,)
+    x_ptr,  # (N, D), rows x_stride apart
+    grad_ptr,  # (N, D): the gradient of `out`
+    row_scale_ptr,  # (N,), read if HAS_ROW_SCALE
+    statistics_ptr,  # (3, N) float32, as the norm kernel wrote them
+    row_sums_ptr,  # (2, num_sums, N) float32, as dgrad2 wrote them
+    d_x_ptr,  # (N, D)
+    column_sums_ptr,  # (3, num_row_tiles, D) float32: sums of d LN(x) x^, d LN(x), row_scale * grad over a tile's rows
+    start0,  # first row of group 0
+    size0,  # number of its rows
+    start1,
+    size1,
+    start2,
+    size2,
+    num_rows,  # N
+    D,
+    F,
+    x_stride,
+    num_sums,
+    num_row_tiles,
+    HAS_ROW_SCALE: tl.constexpr,
+    NUM_GROUPS: tl.constexpr,
+    SWIZZLE: tl.constexpr,
+    USE_TMA: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    NUM_PARTS: tl.constexpr,
+):
+    """Write dx = grad + rstd (gamma * (a W1) - r2 / D - x^ r1 / D), and the column sums.
 
-    The column sums are those of d LN(x) x^, d LN(x) and row_scale * grad: d gamma, d beta, and what b2 and the layer
-    scale need.
+    The column sums give d gamma, d beta, and what d b2 and the gradient of the layer scale need.
     """
     num_tiles = _num_row_tiles(size0, size1, size2, BLOCK_M) * tl.cdiv(D, BLOCK_N)
     for tile in range(tl.program_id(0), num_tiles, tl.num_programs(0)):
         group, row, end, column, row_tile = _locate(
             tile, start0, size0, start1, size1, start2, size2, D, BLOCK_M, BLOCK_N, SWIZZLE
         )
-        total = _product(
-            group, a, b0, b1, b2, row, column, rows, D, F,
+        acc = _grouped_product(
+            group, a_ptr, b0_ptr, b1_ptr, b2_ptr, row, column, num_rows, D, F,
             NUM_GROUPS, True, USE_TMA, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # (BLOCK_M, BLOCK_N), d LN(x)  # fmt: skip
         row_index = row + tl.arange(0, BLOCK_M)
         in_rows = row_index < end
         row64 = row_index.to(tl.int64)
-        sum1 = tl.zeros((BLOCK_M,), tl.float32)
-        sum2 = tl.zeros((BLOCK_M,), tl.float32)
+        r1 = tl.zeros((BLOCK_M,), tl.float32)
+        r2 = tl.zeros((BLOCK_M,), tl.float32)
         for index in range(num_sums):
-            sums_at = row_sums + tl.cast(index, tl.int64) * rows + row_index
-            sum1 += tl.load(sums_at, mask=in_rows, other=0.0)
-            sum2 += tl.load(sums_at + tl.cast(num_sums, tl.int64) * rows, mask=in_rows, other=0.0)
-        mean = tl.load(statistics + row64, mask=in_rows, other=0.0)[:, None]
-        rstd = tl.load(statistics + rows + row64, mask=in_rows, other=0.0)[:, None]
-        remainder = tl.load(statistics + 2 * rows.to(tl.int64) + row64, mask=in_rows, other=0.0)[:, None]
+            r1_ptrs = row_sums_ptr + tl.cast(index, tl.int64) * num_rows + row_index  # (BLOCK_M,)
+            r1 += tl.load(r1_ptrs, mask=in_rows, other=0.0)
+            r2 += tl.load(r1_ptrs + tl.cast(num_sums, tl.int64) * num_rows, mask=in_rows, other=0.0)
+        mean = tl.load(statistics_ptr + row64, mask=in_rows, other=0.0)[:, None]
+        rstd = tl.load(statistics_ptr + num_rows + row64, mask=in_rows, other=0.0)[:, None]
+        remainder = tl.load(statistics_ptr + 2 * num_rows.to(tl.int64) + row64, mask=in_rows, other=0.0)[:, None]
         if HAS_ROW_SCALE:
-            factor = tl.load(row_scale + row_index, mask=in_rows, other=0.0).to(tl.float32)[:, None]
-        gamma_of = _pick(group, gamma0, gamma1, gamma2, NUM_GROUPS)
-        step = tl.cast(num_row_tiles, tl.int64) * D
-        parts = _parts(total, BLOCK_M, BLOCK_N, NUM_PARTS)
+            row_scale = tl.load(row_scale_ptr + row_index, mask=in_rows, other=0.0).to(tl.float32)[:, None]
+        gamma_ptr = _select(group, norm_weight0_ptr, norm_weight1_ptr, norm_weight2_ptr, NUM_GROUPS)
+        step = tl.cast(num_row_tiles, tl.int64) * D  # between the three column sums
+        parts = _split_columns(acc, BLOCK_M, BLOCK_N, NUM_PARTS)
         for part in tl.static_range(NUM_PARTS):
             column_index = column + part * (BLOCK_N // NUM_PARTS) + tl.arange(0, BLOCK_N // NUM_PARTS)
             in_columns = column_index < D
-            inside = in_rows[:, None] & in_columns[None, :]
-            values = tl.load(x + row64[:, None] * x_stride + column_index[None, :], mask=inside, other=0.0)
-            unit = tl.where(inside, (values.to(tl.float32) - mean - remainder) * rstd, 0.0)  # x^
-            d_normed = tl.where(inside, parts[part], 0.0)
-            upstream = tl.load(grad + row64[:, None] * D + column_index[None, :], mask=inside, other=0.0)
-            upstream = upstream.to(tl.float32)
-            gamma = tl.load(gamma_of + column_index, mask=in_columns, other=0.0).to(tl.float32)
-            through = gamma[None, :] * d_normed - (sum2 / D)[:, None] - unit * (sum1 / D)[:, None]
-            result = (upstream + rstd * through).to(dx.dtype.element_ty)
-            tl.store(dx + row64[:, None] * D + column_index[None, :], result, mask=inside)
+            mask = in_rows[:, None] & in_columns[None, :]  # (BLOCK_M, BLOCK_N / NUM_PARTS)
+            x = tl.load(x_ptr + row64[:, None] * x_stride + column_index[None, :], mask=mask, other=0.0)
+            x_hat = tl.where(mask, (x.to(tl.float32) - mean - remainder) * rstd, 0.0)
+            d_normed = tl.where(mask, parts[part], 0.0)
+            grad = tl.load(grad_ptr + row64[:, None] * D + column_index[None, :], mask=mask, other=0.0)
+            grad = grad.to(tl.float32)
+            gamma = tl.load(gamma_ptr + column_index, mask=in_columns, other=0.0).to(tl.float32)
+            d_x = gamma[None, :] * d_normed - (r2 / D)[:, None] - x_hat * (r1 / D)[:, None]
+            d_x = (grad + rstd * d_x).to(d_x_ptr.dtype.element_ty)
+            tl.store(d_x_ptr + row64[:, None] * D + column_index[None, :], d_x, mask=mask)
             if HAS_ROW_SCALE:
-                upstream *= factor
-            sums_at = column_sums + row_tile.to(tl.int64) * D + column_index
-            tl.store(sums_at, tl.sum(d_normed * unit, 0), mask=in_columns)
-            tl.store(sums_at + step, tl.sum(d_normed, 0), mask=in_columns)
-            tl.store(sums_at + 2 * step, tl.sum(upstream, 0), mask=in_columns)
+                grad *= row_scale
+            sums_ptrs = column_sums_ptr + row_tile.to(tl.int64) * D + column_index  # (BLOCK_N / NUM_PARTS,)
+            tl.store(sums_ptrs, tl.sum(d_normed * x_hat, 0), mask=in_columns)
+            tl.store(sums_ptrs + step, tl.sum(d_normed, 0), mask=in_columns)
+            tl.store(sums_ptrs + 2 * step, tl.sum(grad, 0), mask=in_columns)
 
 
 class Tiles(NamedTuple):
-    """How a product is cut up, and how many programs run on a multiprocessor."""
+    """Tile sizes of a product, its launch options, and how many programs run on a multiprocessor."""
 
     BLOCK_M: int
     BLOCK_N: int
@@ -485,10 +648,12 @@ class _Launch(NamedTuple):
     precision: str
 
     @property
-    def bounds(self) -> list[int]:
-        """start0, size0, ... as the kernels take them."""
-        pairs = list(zip(self.starts, self.sizes, strict=True)) + [(0, 0)] * (MAX_GROUPS - len(self.groups))
-        return [number for pair in pairs for number in pair]
+    def bounds(self) -> dict[str, int]:
+        """Arguments start0, size0, start1, ... of the kernels; groups that a launch lacks have no rows."""
+        missing = [0] * (MAX_GROUPS - len(self.groups))
+        starts = {f"start{index}": start for index, start in enumerate(self.starts + missing)}
+        sizes = {f"size{index}": size for index, size in enumerate(self.sizes + missing)}
+        return starts | sizes
 
     def tiles(self, kernel: str, columns: int) -> Tiles:
         return tiles_for(kernel, self.capability, self.element_size, sum(self.sizes), columns)
@@ -497,34 +662,45 @@ class _Launch(NamedTuple):
     def row_tiles(self) -> list[int]:
         return [triton.cdiv(size, self.tiles("fc1", 1).BLOCK_M) for size in self.sizes]
 
-    def of_groups(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """A tensor for each of the three places."""
+    def pointers(self, name: str, tensors: Sequence[Tensor]) -> dict[str, Tensor]:
+        """Arguments {name}0_ptr, {name}1_ptr, ... of the kernels, from a tensor for each group of the caller."""
         picked = [tensors[group] for group in self.groups]
-        return picked + [picked[0]] * (MAX_GROUPS - len(picked))
+        picked += [picked[0]] * (MAX_GROUPS - len(picked))  # never read
+        return {f"{name}{index}_ptr": tensor for index, tensor in enumerate(picked)}
 
-    def run(
-        self, kernel: Any, name: str, columns: int, a: Tensor, weights: Sequence[Tensor], *rest: Any, **options: Any
-    ) -> None:
-        """Launch a product of `a` with the groups' weights, which gives `columns` columns."""
-        tiles = self.tiles(name, columns)
-        num_tiles = sum(self.row_tiles) * triton.cdiv(columns, tiles.BLOCK_N)
-        sides: list[Any] = [a, *self.of_groups(weights)]
+    def run(self, kernel: Any, name: str, num_columns: int, a: Tensor, b: Sequence[Tensor], **arguments: Any) -> None:
+        """Launch a kernel around the product of `a` and its group's `b`.
+
+        Args:
+            kernel: the kernel.
+            name: its name for `tiles_for`.
+            num_columns: of the product.
+            a: (N, K).
+            b: of each of the caller's groups, (num_columns, K); for the dgrad kernels (K, num_columns).
+            arguments: those of the kernel that are neither operands, bounds, nor options of all kernels.
+        """
+        tiles = self.tiles(name, num_columns)
+        num_tiles = sum(self.row_tiles) * triton.cdiv(num_columns, tiles.BLOCK_N)
+        operands: dict[str, Any] = {"a_ptr": a, **self.pointers("b", b)}
         if self.use_tma:
             b_block = [tiles.BLOCK_N, tiles.BLOCK_K]
             b_block = b_block[::-1] if name.startswith("dgrad") else b_block
             blocks = [[tiles.BLOCK_M, tiles.BLOCK_K]] + [b_block] * MAX_GROUPS
-            sides = [TensorDescriptor.from_tensor(side, block) for side, block in zip(sides, blocks, strict=True)]
+            operands = {
+                argument: TensorDescriptor.from_tensor(operand, block)
+                for (argument, operand), block in zip(operands.items(), blocks, strict=True)
+            }
         settings = tiles._asdict()
         programs = settings.pop("residents") * self.multiprocessors
         kernel[(min(num_tiles, programs),)](
-            *sides,
-            *rest,
+            **operands,
+            **arguments,
+            **self.bounds,
             NUM_GROUPS=len(self.groups),
             SWIZZLE=SWIZZLE,
             USE_TMA=self.use_tma,
             PRECISION=self.precision,
             **settings,
-            **options,
         )
 
 
@@ -545,33 +721,42 @@ def _launches(x: Tensor, group_sizes: Sequence[int], operands: Sequence[Tensor],
         groups = present[first : first + MAX_GROUPS]
         launches.append(
             _Launch(
-                groups,
-                [starts[group] for group in groups],
-                [group_sizes[group] for group in groups],
-                capability,
-                multiprocessors,
-                element_size,
-                aligned and (capability >= 90 if use_tma is None else use_tma),
-                "interpreted" if capability == 0 else "tf32" if tf32 else "ieee",
+                groups=groups,
+                starts=[starts[group] for group in groups],
+                sizes=[group_sizes[group] for group in groups],
+                capability=capability,
+                multiprocessors=multiprocessors,
+                element_size=element_size,
+                use_tma=aligned and (capability >= 90 if use_tma is None else use_tma),
+                precision="interpreted" if capability == 0 else "tf32" if tf32 else "ieee",
             )
         )
     return launches
 
 
 def _norm(
-    x: Tensor, experts: Sequence[Any], statistics: Tensor, launch: _Launch, normed: Tensor, **kwargs: Any
+    x: Tensor, experts: Sequence[Any], statistics: Tensor, launch: _Launch, normed: Tensor, **arguments: Any
 ) -> None:
+    """Launch the norm kernel; `arguments` are those that differ between the passes."""
     block_n = triton.next_power_of_2(x.shape[1])
     block_m = 4 if x.device.type == "cuda" else 16
     grid = (sum(triton.cdiv(size, block_m) for size in launch.sizes),)
-    parameters = [
-        *launch.of_groups([e.norm_weight for e in experts]),
-        *launch.of_groups([e.norm_bias for e in experts]),
-    ]
     _mome_ffn_norm_kernel[grid](
-        x, statistics, normed, *parameters, *launch.bounds, len(x), x.shape[1], x.stride(0),
-        NUM_GROUPS=len(launch.groups), BLOCK_M=block_m, BLOCK_N=block_n, num_warps=4, **kwargs,
-    )  # fmt: skip
+        x_ptr=x,
+        statistics_ptr=statistics,
+        normed_ptr=normed,
+        **launch.pointers("norm_weight", [e.norm_weight for e in experts]),
+        **launch.pointers("norm_bias", [e.norm_bias for e in experts]),
+        **launch.bounds,
+        num_rows=len(x),
+        D=x.shape[1],
+        x_stride=x.stride(0),
+        NUM_GROUPS=len(launch.groups),
+        BLOCK_M=block_m,
+        BLOCK_N=block_n,
+        num_warps=4,
+        **arguments,
+    )
 
 
 def forward(
@@ -601,15 +786,34 @@ def forward(
         with _device_of(x):
             _norm(x, experts, statistics, launch, normed, eps=eps, HAS_STATISTICS=False, SAVE=save)
             launch.run(
-                *(_mome_ffn_fwd_fc1_kernel, "fc1", hidden, normed, [e.fc1_weight for e in experts]),
-                *launch.of_groups([e.fc1_bias for e in experts]),
-                *(z, h, *launch.bounds, rows, hidden, width),
+                _mome_ffn_fwd_fc1_kernel,
+                "fc1",
+                num_columns=hidden,
+                a=normed,
+                b=[e.fc1_weight for e in experts],
+                **launch.pointers("fc1_bias", [e.fc1_bias for e in experts]),
+                z_ptr=z,
+                h_ptr=h,
+                num_rows=rows,
+                F=hidden,
+                D=width,
                 SAVE=save,
             )
             launch.run(
-                *(_mome_ffn_fwd_fc2_kernel, "fc2", width, h, [e.fc2_weight for e in experts]),
-                *launch.of_groups([e.fc2_bias for e in experts]),
-                *(x, _or(layer_scale, x), _or(row_scale, x), out, *launch.bounds, rows, width, hidden, x.stride(0)),
+                _mome_ffn_fwd_fc2_kernel,
+                "fc2",
+                num_columns=width,
+                a=h,
+                b=[e.fc2_weight for e in experts],
+                **launch.pointers("fc2_bias", [e.fc2_bias for e in experts]),
+                x_ptr=x,
+                layer_scale_ptr=_dummy_if_none(layer_scale, x),
+                row_scale_ptr=_dummy_if_none(row_scale, x),
+                out_ptr=out,
+                num_rows=rows,
+                D=width,
+                F=hidden,
+                x_stride=x.stride(0),
                 HAS_LAYER_SCALE=layer_scale is not None,
                 HAS_ROW_SCALE=row_scale is not None,
             )
@@ -645,10 +849,12 @@ def backward(
         for expert, size, wanted in zip(experts, group_sizes, trained, strict=True)
     ]
     # Weight-sized: W2 with the layer scale, and W1 against the norm's two parameters.
-    fc2 = [e.fc2_weight if layer_scale is None else e.fc2_weight * layer_scale.to(dtype)[:, None] for e in experts]
+    scaled_fc2 = [
+        e.fc2_weight if layer_scale is None else e.fc2_weight * layer_scale.to(dtype)[:, None] for e in experts
+    ]
     shifts = [torch.mv(e.fc1_weight.float(), e.norm_bias.float()) + e.fc1_bias.float() for e in experts]
     slopes = [torch.mv(e.fc1_weight.float(), e.norm_weight.float()) for e in experts]
-    operands = [upstream, d_z, *fc2, *(e.fc1_weight for e in experts)]
+    operands = [upstream, d_z, *scaled_fc2, *(e.fc1_weight for e in experts)]
     for launch in _launches(x, group_sizes, operands, use_tma):
         num_sums, num_row_tiles = triton.cdiv(hidden, launch.tiles("dgrad2", hidden).BLOCK_N), sum(launch.row_tiles)
         row_sums = torch.empty((2, num_sums, rows), dtype=torch.float32, device=x.device)
@@ -656,19 +862,45 @@ def backward(
         column_sums = torch.empty((3, num_row_tiles, width), dtype=torch.float32, device=x.device)
         with _device_of(x):
             launch.run(
-                *(_mome_ffn_bwd_dgrad2_kernel, "dgrad2", hidden, upstream, fc2),
-                *launch.of_groups(shifts),
-                *launch.of_groups(slopes),
-                *(z, _or(row_scale, x), d_z, scaled_h, row_sums, d_bias_sums),
-                *(*launch.bounds, rows, hidden, width),
+                _mome_ffn_bwd_dgrad2_kernel,
+                "dgrad2",
+                num_columns=hidden,
+                a=upstream,
+                b=scaled_fc2,
+                **launch.pointers("shift", shifts),
+                **launch.pointers("slope", slopes),
+                z_ptr=z,
+                row_scale_ptr=_dummy_if_none(row_scale, x),
+                d_z_ptr=d_z,
+                h_ptr=scaled_h,
+                row_sums_ptr=row_sums,
+                column_sums_ptr=d_bias_sums,
+                num_rows=rows,
+                F=hidden,
+                D=width,
                 WRITE_H=write_h,
                 HAS_ROW_SCALE=row_scale is not None,
             )
             launch.run(
-                *(_mome_ffn_bwd_dgrad1_kernel, "dgrad1", width, d_z, [e.fc1_weight for e in experts]),
-                *launch.of_groups([e.norm_weight for e in experts]),
-                *(x, grad, _or(row_scale, x), statistics, row_sums, d_x, column_sums),
-                *(*launch.bounds, rows, width, hidden, x.stride(0), num_sums, num_row_tiles),
+                _mome_ffn_bwd_dgrad1_kernel,
+                "dgrad1",
+                num_columns=width,
+                a=d_z,
+                b=[e.fc1_weight for e in experts],
+                **launch.pointers("norm_weight", [e.norm_weight for e in experts]),
+                x_ptr=x,
+                grad_ptr=grad,
+                row_scale_ptr=_dummy_if_none(row_scale, x),
+                statistics_ptr=statistics,
+                row_sums_ptr=row_sums,
+                d_x_ptr=d_x,
+                column_sums_ptr=column_sums,
+                num_rows=rows,
+                D=width,
+                F=hidden,
+                x_stride=x.stride(0),
+                num_sums=num_sums,
+                num_row_tiles=num_row_tiles,
                 HAS_ROW_SCALE=row_scale is not None,
             )
             if any(trained[group] for group in launch.groups):
@@ -694,13 +926,15 @@ def backward(
 
 
 def _rows_contiguous(x: Tensor) -> Tensor:
+    """The tensor itself where its rows are contiguous and do not overlap, else a copy."""
     return x if x.stride(1) == 1 and x.stride(0) >= x.shape[1] else x.contiguous()
 
 
-def _or(tensor: Tensor | None, placeholder: Tensor) -> Tensor:
-    """A pointer for an argument that the kernel will not read."""
-    return placeholder if tensor is None else tensor.contiguous()
+def _dummy_if_none(tensor: Tensor | None, dummy: Tensor) -> Tensor:
+    """The tensor, contiguous; or a valid pointer for an argument that the kernel will not read."""
+    return dummy if tensor is None else tensor.contiguous()
 
 
 def _device_of(x: Tensor) -> Any:
+    """Context in which the tensor's device is the current one, on which Triton launches."""
     return torch.cuda.device_of(x)

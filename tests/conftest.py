@@ -1,8 +1,11 @@
 """What every test shares: seeds, threads, the reason why a GPU test is skipped, and tools that CI must have."""
 
+import fcntl
+import getpass
 import os
 import random
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -17,9 +20,25 @@ from cpu_library import CpuLibrary
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-# Small tensors get slower, not faster, on many threads. OMP_NUM_THREADS overrides.
-if "OMP_NUM_THREADS" not in os.environ:
-    torch.set_num_threads(min(4, torch.get_num_threads()))
+# torch.compile does not tell apart in its cache what it compiled while ATEN_CPU_CAPABILITY held the processor back;
+# without the variable those kernels abort (torch 2.13). So what is held back has a cache of its own.
+if "ATEN_CPU_CAPABILITY" in os.environ:
+    held_back = f"torchinductor_{getpass.getuser()}_{os.environ['ATEN_CPU_CAPABILITY']}"
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(tempfile.gettempdir(), held_back)))
+
+# Small tensors get slower, not faster, on many threads, so there are four, or what OMP_NUM_THREADS says. Processes that
+# share the tests (pytest -n) share the cores, too, as do those that tests start.
+PROCESSES = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+torch.set_num_threads(min(int(os.environ.get("OMP_NUM_THREADS", "4")), max(1, CORES // PROCESSES)))
+if PROCESSES > 1:
+    os.environ["OMP_NUM_THREADS"] = str(torch.get_num_threads())
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """Of `pytest -n auto`, which `make test` says: a process for each core, at 1 to 2 GB each; one where a GPU is."""
+    return 1 if torch.cuda.is_available() else min(8, CORES)
 
 
 def pytest_report_header() -> str:
@@ -53,6 +72,13 @@ def nan_filled_empty() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.fixture(params=["oneDNN", "MKL"])
+def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Has each library in turn multiply on a CPU, whichever is the faster one here."""
+    monkeypatch.setattr("vlmo_fast.ops.dispatch._mkl_is_faster", lambda: request.param == "MKL")
+    return str(request.param)
+
+
 @pytest.fixture(scope="session")
 def cpu_extension() -> Path:
     """The CPU library of `csrc/`, built first where it is not up to date; without g++ as in `require_tool`."""
@@ -60,7 +86,10 @@ def cpu_extension() -> Path:
 
     if not extensions.is_built("cpu"):
         _require("g++")
-        build.build("cpu")
+        extensions.FOLDER.mkdir(exist_ok=True)
+        with (extensions.FOLDER / "tests.lock").open("w") as lock:  # of the processes that share the tests one builds
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            build.build("cpu")
     return extensions.library("cpu")
 
 

@@ -40,7 +40,9 @@ def errors(bench):
 @pytest.fixture
 def small(monkeypatch):
     """A small model in place of base."""
-    config = vlmo_fast.VLMoConfig(**SMALL, vocab_size=30522)
+    # With the usual initialisation embeddings of so few numbers are nearly equal and their gradients cancel, so that
+    # eager and ours err by 1e-4; with this one by 1e-6 to 3e-6 (docs/log.md).
+    config = vlmo_fast.VLMoConfig(**SMALL, vocab_size=30522, initializer_range=0.2)
     monkeypatch.setattr(vlmo_fast.MoMEConfig, "from_preset", classmethod(lambda cls, name: cls(**SMALL)))
     monkeypatch.setattr(vlmo_fast, "VLMoConfig", lambda: config)
     bench_model.networks.cache_clear()

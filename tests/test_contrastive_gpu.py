@@ -18,11 +18,13 @@ from test_contrastive import (
     unit,
     unlucky,
 )
-from tolerances import check
+from tolerances import check_draws
 from torch import Tensor
 
 from vlmo_fast import build, ops
-from vlmo_fast.ops import _sampling, _similarity, _similarity_tiles, reference
+from vlmo_fast.ops import reference
+from vlmo_fast.ops.pairs import blocks, sampling, tiles
+from vlmo_fast.ops.types import PairMask
 
 TILES = ("cuda", "cuda-sm90a")
 
@@ -88,7 +90,7 @@ def test_contrastive_loss_and_gradients(
     for what, a, b, c in zip(("loss", "d image", "d text", "d scale"), ours, exact, eager, strict=True):
         # G enters its matmuls in the embeddings' dtype, so that is the dtype of all gradients' bounds
         bounds = torch.float32 if what == "loss" else dtype
-        check(what, a, b, c if c.ndim else unlucky(b, c), bounds, condition=condition)
+        check_draws(what, [(a, b, c if c.ndim else unlucky(b, c))], bounds, condition)
 
 
 @pytest.mark.parametrize("backend", [*TILES, "cuda-blocks", "chunked"])
@@ -100,10 +102,10 @@ def test_contrastive_lse_and_gradients(
     """N != M, strided rows, a width of padding; one launch, and many."""
     skip_unless_able(backend, torch.bfloat16)
     if in_pieces:
-        monkeypatch.setattr(_similarity, "CHUNK_BYTES_DEVICE", 2**18)
-        monkeypatch.setattr(_similarity_tiles, "CACHED_BYTES", 2**15)
-        monkeypatch.setattr(_similarity_tiles, "PIECE_ROWS", 128)
-        monkeypatch.setattr(_similarity_tiles, "PIECE_COLUMNS", 192)
+        monkeypatch.setattr(blocks, "CHUNK_BYTES_DEVICE", 2**18)
+        monkeypatch.setattr(tiles, "CACHED_BYTES", 2**15)
+        monkeypatch.setattr(tiles, "PIECE_ROWS", 128)
+        monkeypatch.setattr(tiles, "PIECE_COLUMNS", 192)
     rows, columns = 300, 500
     image, text = on_device(unit(rows, 140), unit(columns, 70), dtype=torch.bfloat16)
     image, scale = image[:, ::2], torch.tensor(14.3, device="cuda")
@@ -121,7 +123,7 @@ def test_contrastive_lse_and_gradients(
     eager = differentiate(written_out, image, text, scale)
     for what, a, b, c in zip(("value", "d image", "d text", "d scale"), ours, exact, eager, strict=True):
         bounds = torch.float32 if what == "value" else torch.bfloat16
-        check(what, a, b, c if c.ndim else unlucky(b, c), bounds, condition=14.3)
+        check_draws(what, [(a, b, c if c.ndim else unlucky(b, c))], bounds, 14.3)
 
 
 @pytest.mark.parametrize("backend", [*TILES, "cuda-blocks", "chunked"])
@@ -137,7 +139,7 @@ def test_contrastive_average(backend: str) -> None:
     eager = differentiate(written_out, image, text, scale)
     for what, a, b, c in zip(("loss", "d image", "d text", "d scale"), ours, exact, eager, strict=True):
         bounds = torch.float32 if what == "loss" else torch.bfloat16
-        check(what, a, b, c if c.ndim else unlucky(b, c), bounds, condition=14.3)
+        check_draws(what, [(a, b, c if c.ndim else unlucky(b, c))], bounds, 14.3)
 
 
 @pytest.mark.parametrize("backend", ["cuda-blocks", "chunked"])
@@ -273,9 +275,9 @@ def test_contrastive_draws_follow_the_exact_distribution(dtype: torch.dtype) -> 
     rows, columns = on_device(unit(8, 5), unit(600, 5), dtype=dtype)
     scale = torch.tensor(3.0, device="cuda")
     row_ids, column_ids = torch.arange(8, device="cuda"), torch.arange(600, device="cuda") % 10
-    excluded = _similarity.Excluded(row_ids.repeat(3000), column_ids)
+    excluded = PairMask(row_ids.repeat(3000), column_ids)
     generator = torch.Generator("cuda").manual_seed(1)
-    drawn = _sampling._draw(rows.repeat(3000, 1), columns, scale, excluded, generator).view(3000, 8)
+    drawn = sampling.draw(rows.repeat(3000, 1), columns, scale, excluded, generator).view(3000, 8)
     probabilities = reference.negative_probabilities(*(x.double() for x in (rows, columns, scale)), row_ids, column_ids)
     for row, wanted in enumerate(probabilities):
         seen = torch.bincount(drawn[:, row], minlength=600)

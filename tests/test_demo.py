@@ -17,6 +17,7 @@ from vlmo_fast.data.synthetic.scenes import ONE_IMAGE_STATEMENT_TYPES, STATEMENT
 from vlmo_fast.demo.recipe import (
     DemoData,
     DemoTrainer,
+    Muon,
     MuonAdamW,
     Recipe,
     Stage,
@@ -24,6 +25,7 @@ from vlmo_fast.demo.recipe import (
     encode_images,
     halves,
     make_network,
+    orthogonalize,
     train,
     two_threads,
 )
@@ -234,6 +236,7 @@ def test_two_threads_leave_settings_as_they_were():
         with two_threads() as threads:
             assert list(threads.map(abs, [-1, 2])) == [1, 2]
             assert torch.get_num_threads() == max(1, before[0] // 2)
+            assert threads.submit(torch.get_num_threads).result() == max(1, before[0] // 2)
             assert sys.getswitchinterval() == pytest.approx(2e-5, rel=0.1)
             raise RuntimeError("stop")
 
@@ -274,6 +277,39 @@ def test_threads_that_share_the_optimiser_give_the_same_bits(data):
     assert not all(torch.equal(p, untrained[name]) for name, p in alone.named_parameters())
 
 
+@pytest.mark.parametrize("shape", [(96, 96), (384, 96), (96, 384), (2, 1)], ids=str)
+def test_updates_are_orthogonal_and_in_float32(shape):
+    """U p(S) V^T with the iteration's polynomial p, computed from float64's singular values; p of them is about 1."""
+    matrix = torch.randn(shape)
+    u, s, v = torch.linalg.svd(matrix.double(), full_matrices=False)
+    s = s / s.norm()
+    start = s.clone()
+    for _ in range(5):
+        s = 3.4445 * s - 4.775 * s**3 + 2.0315 * s**5
+    found = orthogonalize(matrix)
+    assert found.dtype == torch.float32
+    exact = u * s @ v
+    assert (found - exact).norm() < 2e-5 * exact.norm()  # bfloat16 has 1e-2
+    assert s[start > 0.02].min() > 0.65 and s.max() < 1.25
+
+
+def test_muon_moves_as_torchs_does(monkeypatch):
+    """Momentum, decay and rate over three steps: to bfloat16's rounding, and to float32's once torch's has it, too."""
+    start, gradients = torch.randn(48, 24), torch.randn(3, 48, 24)
+
+    def moved(make):
+        p = torch.nn.Parameter(start.clone())
+        optimizer = make([p], lr=0.1, weight_decay=0.5)
+        for gradient in gradients:
+            p.grad = gradient.clone()
+            optimizer.step()
+        return p.detach()
+
+    torch.testing.assert_close(moved(Muon), moved(torch.optim.Muon), rtol=0, atol=0.01)
+    monkeypatch.setattr("torch.optim._muon._zeropower_via_newtonschulz", lambda matrix, *_: orthogonalize(matrix))
+    torch.testing.assert_close(moved(Muon), moved(torch.optim.Muon), rtol=0, atol=1e-6)
+
+
 def test_patch_projections_move_as_matrices_do(data):
     """By Muon's step of the flattened filters."""
     network = make_network(TINY, data)
@@ -283,7 +319,7 @@ def test_patch_projections_move_as_matrices_do(data):
     network(**next(iter(StepBatches(data, TINY)))).loss.backward()
     matrix = torch.nn.Parameter(before.flatten(1).clone())
     matrix.grad = weight.grad.flatten(1).clone()
-    torch.optim.Muon([matrix], lr=TINY.patch_learning_rate, momentum=0.95, weight_decay=TINY.weight_decay).step()
+    Muon([matrix], lr=TINY.patch_learning_rate, weight_decay=TINY.weight_decay).step()
     optimizer.step()
     assert not torch.equal(weight, before)
     assert torch.equal(weight, matrix.detach().view_as(weight))

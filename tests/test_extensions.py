@@ -13,7 +13,8 @@ from cpu_library import CAPABILITIES, CpuLibrary
 from torch import Tensor
 
 from vlmo_fast import build, cli, extensions, ops
-from vlmo_fast.ops import _similarity
+from vlmo_fast.ops.pairs.blocks import CompiledEpilogue, TorchEpilogue
+from vlmo_fast.ops.types import PairMask
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -22,23 +23,23 @@ def finite(lse: Tensor) -> Tensor:
     return lse.masked_fill(lse == -torch.inf, 0.0).float()
 
 
-def on_both(block: Tensor, excluded: _similarity.Excluded, start: int) -> list[tuple[Tensor, ...]]:
+def on_both(block: Tensor, mask: PairMask, start: int) -> list[tuple[Tensor, ...]]:
     """(row lse, column maxima, column sums, G) of the torch epilogue and of the compiled one, over two blocks."""
     rows, columns = block.shape
     half = rows // 2
     results = []
-    for epilogue in (_similarity.TorchEpilogue(), _similarity.CompiledEpilogue("cpu")):
+    for epilogue in (TorchEpilogue(), CompiledEpilogue("cpu")):
         copy = block.clone()
         row_lse = torch.empty(rows, dtype=torch.float64)
         column = torch.full((columns,), -torch.inf), torch.zeros(columns, dtype=torch.float64)
         for part in (slice(0, half), slice(half, rows)):
-            epilogue.sums(copy[part], start + part.start, excluded, row_lse[part], column)
+            epilogue.sums(copy[part], start + part.start, mask, row_lse[part], column)
         column_lse = column[0] + column[1].log()
         out = torch.full_like(block, torch.nan)
         generator = torch.Generator().manual_seed(1)
         row = finite(row_lse), torch.rand(rows, generator=generator)
         other = finite(column_lse), torch.rand(columns, generator=generator)
-        epilogue.gradient(block, out, start, excluded, row, other)
+        epilogue.gradient(block, out, start, mask, row, other)
         results.append((row_lse, column_lse, out))
     return results
 
@@ -53,13 +54,13 @@ def test_kernels_on_every_instruction_set(capability: str, compiled: CpuLibrary)
         block = torch.randn(rows, columns) * scale
         ids = torch.randint(0, 9, (rows + 10,)), torch.randint(0, 9, (columns,))
         whole = torch.zeros(rows + 10, dtype=torch.int64), torch.zeros(columns, dtype=torch.int64)
-        for excluded, start in (
-            (_similarity.Excluded(), 0),
-            (_similarity.Excluded(diagonal=-3), 7),
-            (_similarity.Excluded(*ids), 7),
-            (_similarity.Excluded(*whole), 0),
+        for mask, start in (
+            (PairMask(), 0),
+            (PairMask(diagonal=-3), 7),
+            (PairMask(*ids), 7),
+            (PairMask(*whole), 0),
         ):
-            wanted, ours = on_both(block, excluded, start)
+            wanted, ours = on_both(block, mask, start)
             for a, b in zip(ours, wanted, strict=True):
                 # a logit of size s is rounded to s * 2^-24, which moves an exponential by as much; 10 for the sums
                 torch.testing.assert_close(a, b, rtol=10 * 2**-24 * max(1.0, 4 * scale), atol=1e-9)
@@ -68,8 +69,22 @@ def test_kernels_on_every_instruction_set(capability: str, compiled: CpuLibrary)
 def test_the_best_instruction_set_is_chosen(compiled: CpuLibrary) -> None:
     """The order of preference is the order of torch's own capabilities."""
     name = torch.backends.cpu.get_cpu_capability().lower()
+    assert compiled.capability == extensions.cpu_capability()
     assert compiled.capability == {"avx512": "avx512", "avx2": "avx2"}.get(name, "baseline")
     assert not compiled.use("no such set")
+
+
+@pytest.mark.usefixtures("cpu_extension")
+@pytest.mark.parametrize("held_back", ["avx2", "default"])
+def test_no_better_instruction_set_than_torchs(held_back: str) -> None:
+    """As ATEN_CPU_CAPABILITY has it in a process of its own; the doctor shows both."""
+    done = run("--json", command="doctor", ATEN_CPU_CAPABILITY=held_back)
+    report = json.loads(done.stdout)
+    known = {"AVX2": "avx2", "AVX512": "avx512"}
+    assert report["torch"]["cpu_capability"] in ("DEFAULT", held_back.upper())  # DEFAULT: there is no AVX2
+    assert report["extensions"][0]["capability"] == known.get(report["torch"]["cpu_capability"], "baseline")
+    text = run(command="doctor", ATEN_CPU_CAPABILITY=held_back).stdout
+    assert re.search(rf"^cpu extension +{report['extensions'][0]['capability']}$", text, re.MULTILINE)
 
 
 @pytest.mark.usefixtures("cpu_extension")
@@ -77,7 +92,7 @@ def test_logits_far_below_zero() -> None:
     """Whole panels and tiles left out beside logits of -2,000: nothing times exp(2,000) must not become NaN."""
     block = torch.randn(300, 1100) - 2000
     row_ids, column_ids = torch.arange(300) // 150, torch.arange(1100) // 600
-    wanted, ours = on_both(block, _similarity.Excluded(row_ids, column_ids), 0)
+    wanted, ours = on_both(block, PairMask(row_ids, column_ids), 0)
     assert not any(tensor.isnan().any() for tensor in ours)
     for a, b in zip(ours, wanted, strict=True):
         torch.testing.assert_close(a, b, rtol=2e-3, atol=1e-9)  # a logit of 2,000 is rounded to 1e-4
@@ -88,7 +103,7 @@ def test_logits_far_below_zero() -> None:
 def test_kernels_pass_on_what_is_not_finite(value: float) -> None:
     block = torch.randn(130, 600)
     block[77, 555] = value
-    _, (row_lse, column_lse, out) = on_both(block, _similarity.Excluded(), 0)
+    _, (row_lse, column_lse, out) = on_both(block, PairMask(), 0)
     assert row_lse.isnan().nonzero().tolist() == [[77]]
     assert column_lse.isnan().nonzero().tolist() == [[555]]
     assert out[77].isnan().all()
@@ -104,7 +119,7 @@ def test_threads_do_not_change_a_bit() -> None:
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            results.append(on_both(block, _similarity.Excluded(diagonal=0), 0)[1])
+            results.append(on_both(block, PairMask(diagonal=0), 0)[1])
     finally:
         torch.set_num_threads(before)
     for other in results[1:]:
@@ -130,11 +145,12 @@ def test_chosen_where_it_is_built() -> None:
 def test_missing_extension_names_its_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(extensions, "library", lambda name: tmp_path / "none.so")
     assert ops.select("contrastive_loss", ops.Problem("cpu", torch.float32)) == "chunked"
-    command = r"to build it: \S+ -m vlmo_fast build cpu"
-    with pytest.raises(ImportError, match=rf"^contrastive_loss: backend 'cpu' must be built first.*{command}"):
+    command = r"\S+ -m vlmo_fast build cpu"
+    message = rf"^contrastive_loss: backend 'cpu' needs the cpu extension, which is not built; build it with: {command}"
+    with pytest.raises(ImportError, match=message):
         ops.contrastive_loss(torch.ones(2, 3), torch.ones(2, 3), torch.tensor(1.0), backend="cpu")
     extensions.load.cache_clear()
-    with pytest.raises(ImportError, match=rf"the cpu extension is not built; {command}"):
+    with pytest.raises(ImportError, match=rf"the cpu extension is not built; to build it: {command}"):
         extensions.load("cpu")
     (tmp_path / "none.so").write_text("no library")
     with pytest.raises(
@@ -185,11 +201,11 @@ def test_a_library_for_another_torch_does_not_count(rekeyed: Callable[..., str])
 # vlmo-fast build
 
 
-def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+def run(*arguments: str, command: str = "build", **environment: str) -> subprocess.CompletedProcess[str]:
     import os
 
     return subprocess.run(
-        [sys.executable, "-m", "vlmo_fast", "build", *arguments],
+        [sys.executable, "-m", "vlmo_fast", command, *arguments],
         cwd=ROOT,
         env=os.environ | environment,
         capture_output=True,

@@ -20,23 +20,24 @@ def job(
     use_tma = capability >= 90
     m, n, k = tiles["BLOCK_M"], tiles["BLOCK_N"], tiles["BLOCK_K"]
     b_block = (k, n) if "bwd" in name else (n, k)
-    sides = {"a": (m, k)} | dict.fromkeys(("b0", "b1", "b2"), b_block)
+    three = lambda stem, kind: {f"{stem}{group}_ptr": kind for group in range(3)}
     descriptor = lambda block: f"tensordesc<{dtype}[{block[0]}, {block[1]}]>"
-    signature = {side: descriptor(block) if use_tma else f"*{dtype}" for side, block in sides.items()}
+    blocks = {"a_ptr": (m, k)} | three("b", b_block)
+    operands = {name: descriptor(block) if use_tma else f"*{dtype}" for name, block in blocks.items()}
     half, single = f"*{dtype}", "*fp32"
-    three = lambda stem, kind: {f"{stem}{group}": kind for group in range(3)}
-    sizes = {"rows": "i32", "F": "i32", "D": "i32"}
+    sizes = {"num_rows": "i32", "F": "i32", "D": "i32"}
     own = {
-        "fwd_fc1": three("bias", half) | {"z": half, "h": half},
-        "fwd_fc2": three("bias", half)
-        | dict.fromkeys(("x", "layer_scale", "row_scale", "out"), half)
+        "fwd_fc1": three("fc1_bias", half) | {"z_ptr": half, "h_ptr": half},
+        "fwd_fc2": three("fc2_bias", half)
+        | dict.fromkeys(("x_ptr", "layer_scale_ptr", "row_scale_ptr", "out_ptr"), half)
         | {"x_stride": "i32"},
         "bwd_dgrad2": three("shift", single)
         | three("slope", single)
-        | {"z": half, "row_scale": half, "dz": half, "h": half, "row_sums": single, "column_sums": single},
-        "bwd_dgrad1": three("gamma", half)
-        | dict.fromkeys(("x", "grad", "row_scale", "dx"), half)
-        | dict.fromkeys(("statistics", "row_sums", "column_sums"), single)
+        | dict.fromkeys(("z_ptr", "row_scale_ptr", "d_z_ptr", "h_ptr"), half)
+        | dict.fromkeys(("row_sums_ptr", "column_sums_ptr"), single),
+        "bwd_dgrad1": three("norm_weight", half)
+        | dict.fromkeys(("x_ptr", "grad_ptr", "row_scale_ptr", "d_x_ptr"), half)
+        | dict.fromkeys(("statistics_ptr", "row_sums_ptr", "column_sums_ptr"), single)
         | dict.fromkeys(("x_stride", "num_sums", "num_row_tiles"), "i32"),
     }[name]
     defaults = {
@@ -47,7 +48,7 @@ def job(
     }[name]
     return Job(
         f"vlmo_fast.kernels.ffn:_mome_ffn_{name}_kernel",
-        signature | own | BOUNDS | sizes,
+        operands | own | BOUNDS | sizes,
         defaults | options | {"NUM_GROUPS": num_groups, "SWIZZLE": 8, "USE_TMA": use_tma, "PRECISION": "tf32"} | tiles,
         divisible=("F", "D") + (("x_stride",) if "x_stride" in own else ()),
         num_warps=num_warps,
@@ -58,9 +59,10 @@ def job(
 KERNELS = ["fwd_fc1", "fwd_fc2", "bwd_dgrad2", "bwd_dgrad1"]
 NORM = Job(
     "vlmo_fast.kernels.ffn:_mome_ffn_norm_kernel",
-    dict.fromkeys(("x", "normed", "weight0", "weight1", "weight2", "bias0", "bias1", "bias2"), "*bf16")
+    dict.fromkeys(("x_ptr", "normed_ptr"), "*bf16")
+    | {f"norm_{name}{group}_ptr": "*bf16" for name in ("weight", "bias") for group in range(3)}
     | BOUNDS
-    | {"statistics": "*fp32", "rows": "i32", "D": "i32", "x_stride": "i32", "eps": "fp32"},
+    | {"statistics_ptr": "*fp32", "num_rows": "i32", "D": "i32", "x_stride": "i32", "eps": "fp32"},
     {"HAS_STATISTICS": False, "SAVE": True, "NUM_GROUPS": 2, "BLOCK_M": 4, "BLOCK_N": 1024},
     divisible=("D", "x_stride"),
 )
@@ -70,6 +72,7 @@ def check(build: Build) -> None:
     check_build(build)
     if build.capability >= 90:
         assert build.count("UTMALDG") > 0  # operands come through the copy engine
+    assert not build.serialized
 
 
 @pytest.mark.parametrize("capability", [80, 90, 100])

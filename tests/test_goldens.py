@@ -38,11 +38,14 @@ def load(name: str, kind: str, dtype: torch.dtype = torch.float32):
     return vlmo_fast.load_official(state, num_attention_heads=heads(name)).to(dtype)
 
 
+GOLDEN_IMAGES = 1001  # their seed
+
+
 @cache
-def inputs(dtype: torch.dtype = torch.float32):
+def inputs(dtype: torch.dtype = torch.float32, images: int = GOLDEN_IMAGES):
     ids, masks = official.texts(2001, official.TINY_LENGTHS)
     masked, labels = official.masked_texts(ids, masks)
-    pixels = torch.from_numpy(official.images(1001, 4, 64)).to(dtype)
+    pixels = torch.from_numpy(official.images(images, 4, 64)).to(dtype)
     return pixels, *(torch.from_numpy(array) for array in (ids, masks, masked, labels))
 
 
@@ -313,15 +316,18 @@ def by_official_name(model) -> dict[str, Tensor | None]:
     }
 
 
-def total_gradients(golden: str, dtype: torch.dtype, backend: str = "auto") -> dict[str, Tensor | None]:
+def total_gradients(
+    golden: str, dtype: torch.dtype, backend: str = "auto", images: int = GOLDEN_IMAGES
+) -> dict[str, Tensor | None]:
     """Of the total loss, as `VLMoForPreTraining` computes it: packed, by the ops and their own backward passes.
 
     Args:
         golden: the model.
         dtype: of its weights.
         backend: of attention.
+        images: the seed of the images.
     """
-    z, (pixels, ids, masks, masked, labels) = official.load_golden(golden), inputs(dtype)
+    z, (pixels, ids, masks, masked, labels) = official.load_golden(golden), inputs(dtype, images)
     model = load(golden, "pretrain", dtype)
     model.backbone.set_attention_backend(backend)
     model.zero_grad()
@@ -337,9 +343,9 @@ def total_gradients(golden: str, dtype: torch.dtype, backend: str = "auto") -> d
     return by_official_name(model)
 
 
-def plain_gradients(golden: str) -> dict[str, Tensor | None]:
+def plain_gradients(golden: str, images: int) -> dict[str, Tensor | None]:
     """The same in float64 another way: padded passes as in the release, by operators that torch itself derives."""
-    z, (pixels, ids, masks, masked, labels) = official.load_golden(golden), inputs(torch.float64)
+    z, (pixels, ids, masks, masked, labels) = official.load_golden(golden), inputs(torch.float64, images)
     model = load(golden, "pretrain", torch.float64)
     backbone, own = model.backbone, torch.arange(4)
     experts = [expert for block in backbone.blocks for expert in block.experts.values()]
@@ -382,29 +388,34 @@ def test_gradient_norms(golden):
 def test_gradients_against_float64(golden):
     """Element by element, since norms miss signs; against another derivation, since one code shares its mistakes.
 
-    In float32 the reference's attention is held to 2e-5, and whichever is chosen to the reference: to 1.5 times its
-    mean over the parameters, and as everywhere to twice its error in the worst of their elements (docs/log.md).
+    In float32 the reference's attention is held to 2e-5 in the worst element, whichever is chosen to twice that. The
+    mean over the parameters is held to 1.5 times the reference's over six draws of images, since in one of them all
+    parameters share an error, and the ratio is luck: 0.8 to 1.65 (docs/log.md).
     """
-    exact = plain_gradients(golden)
+    means: dict[str, list[float]] = {"eager": [], "auto": []}
+    for images in (GOLDEN_IMAGES, 1, 2, 3, 4, 5):
+        exact = plain_gradients(golden, images)
 
-    def errors(dtype: torch.dtype, backend: str) -> list[float]:
-        """Of each parameter the largest one of its elements, relative to its largest element."""
-        ours = total_gradients(golden, dtype, backend)
-        assert set(ours) == set(exact)
-        assert {name for name, gradient in ours.items() if gradient is None} == {
-            name for name, gradient in exact.items() if gradient is None
-        }
-        return [
-            float((ours[name].double() - gradient).abs().max() / gradient.abs().max())
-            for name, gradient in exact.items()
-            if gradient is not None
-        ]
+        def errors(dtype: torch.dtype, backend: str, exact=exact, images=images) -> list[float]:
+            """Of each parameter the largest one of its elements, relative to its largest element."""
+            ours = total_gradients(golden, dtype, backend, images)
+            assert set(ours) == set(exact)
+            assert {name for name, gradient in ours.items() if gradient is None} == {
+                name for name, gradient in exact.items() if gradient is None
+            }
+            return [
+                float((ours[name].double() - gradient).abs().max() / gradient.abs().max())
+                for name, gradient in exact.items()
+                if gradient is not None
+            ]
 
-    assert max(errors(torch.float64, "auto")) < 1e-12
-    eager, chosen = errors(torch.float32, "eager"), errors(torch.float32, "auto")
-    assert max(eager) < 2e-5
-    assert fmean(chosen) < 1.5 * fmean(eager)
-    assert max(chosen) < 2 * max(eager)
+        for backend, cap in (("eager", 2e-5), ("auto", 4e-5)):
+            found = errors(torch.float32, backend)
+            means[backend].append(fmean(found))
+            assert images != GOLDEN_IMAGES or max(found) < cap
+        if images == GOLDEN_IMAGES:
+            assert max(errors(torch.float64, "auto")) < 1e-12
+    assert fmean(means["auto"]) < 1.5 * fmean(means["eager"])
 
 
 @pytest.mark.parametrize("tag", ["rel_4to6", "abs_4to6"])

@@ -16,7 +16,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 import vlmo_fast
 from vlmo_fast import MoMEConfig, VLMoConfig
 from vlmo_fast.hf import modeling
-from vlmo_fast.ops import _attention, _packed_attention
+from vlmo_fast.ops import packed, padded
 
 SIZES = {
     "hidden_size": 24,
@@ -440,8 +440,8 @@ def test_attn_implementation_reaches_the_door(head, tmp_path, monkeypatch):
     model = build(head)
     model.save_pretrained(tmp_path)
     seen = []
-    select = _attention.select
-    for module in (_attention, _packed_attention):
+    select = padded.select
+    for module in (padded, packed):
         monkeypatch.setattr(
             module, "select", lambda op, problem, backend: seen.append(backend) or select(op, problem, backend)
         )

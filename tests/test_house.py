@@ -269,14 +269,14 @@ MODULES = {
 
 # Who may import whom: each line what stands on the lines above it, and what stands beside it, but not in a circle.
 LAYERS = (
-    ("requirements", "extensions", "config", "distributed", "outputs", "serving"),
+    ("requirements", "extensions", "config", "distributed", "outputs", "watch", "serving"),
     ("build", "files", "kernels", "ops"),
-    ("positions", "packing", "losses"),
-    ("embeddings", "block", "_validation", "model", "nn"),
+    ("positions", "rows", "packing", "losses"),
+    ("_validation", "embeddings", "block", "initialization", "model", "nn"),
     ("data", "export", "store"),
     ("hf", "training"),
     ("_autoclasses", "formats", "embedding"),
-    ("", "demo", "doctor", "tasks", "retrieval"),
+    ("", "demo", "doctor"),
     ("commands",),
     ("cli",),
     ("__main__",),
@@ -287,6 +287,7 @@ def test_imports_go_one_way() -> None:
     """Inside functions, too. A module that is new is put on a line of `LAYERS`."""
     layer = {room: number for number, rooms in enumerate(LAYERS) for room in rooms}
     room = lambda module: module.partition(".")[2].partition(".")[0]
+    assert {room(module) for module in MODULES} - set(layer) == set()
     upwards = [
         f"{module} imports {other}"
         for module, path in MODULES.items()
@@ -417,10 +418,24 @@ def test_license_text() -> None:
     assert "END OF TERMS AND CONDITIONS" in text
 
 
+def installed_here() -> list[tuple[str, str]]:
+    """What pip finds of the package in the environment that runs the tests: version and origin."""
+    code = """
+import json
+from importlib import metadata
+found = metadata.distributions(name="vlmo_fast")
+print(json.dumps(sorted((str(d.locate_file("")), d.read_text("direct_url.json") or "") for d in found)))
+"""
+    return [tuple(each) for each in json.loads(python(code, cwd=Path(sys.prefix)))]
+
+
 def test_editable_install(tmp_path: Path) -> None:
+    """Into a folder of its own, without a look at what this environment has installed, which --prefix would remove."""
+    before = installed_here()
     checkout = copy_of_checkout(tmp_path)
-    run(*PIP, "install", *OFFLINE, "--prefix", str(tmp_path / "prefix"), "-e", str(checkout), cwd=tmp_path)
-    (site_packages,) = (tmp_path / "prefix").rglob("site-packages")
+    site_packages = tmp_path / "site-packages"
+    run(*PIP, "install", *OFFLINE, "--target", str(site_packages), "-e", str(checkout), cwd=tmp_path)
+    assert installed_here() == before
     code = f"""
 import site
 site.addsitedir({str(site_packages)!r})
@@ -485,7 +500,7 @@ def test_a_missing_tool_fails_in_ci_and_skips_elsewhere(
 
 def test_ci_runs_the_targets_of_make() -> None:
     script = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
-    targets = ["venv", "check", "test", "test-triton", "test-slow"]
+    targets = ["venv", "check", "test", "test-avx2", "test-triton", "test-slow"]
     assert re.findall(r"^step \S+ make (.+)$", script, re.MULTILINE) == targets
     assert "\nexport CI=true\n" in script
     assert os.access(ROOT / ".ci" / "run", os.X_OK)
@@ -501,7 +516,7 @@ def test_doctor_json() -> None:
     assert packages["torch"]["version"]
     assert packages["torch"]["install"] is None
     assert report["implementations"]
-    assert set(report["implementations"][0]) == {"op", "device", "dtype", "implementation", "reason"}
+    assert set(report["implementations"][0]) == {"op", "device", "dtype", "rank", "implementation", "reason"}
 
 
 def test_doctor_names_the_command_for_what_is_missing() -> None:

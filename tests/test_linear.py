@@ -1,4 +1,4 @@
-"""Linear layers on oneDNN: values and every gradient against float64, and where they are torch's own."""
+"""Linear layers on either library: values and every gradient against float64, and where they are torch's own."""
 
 import pytest
 import tolerances
@@ -7,8 +7,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from vlmo_fast import MoMEConfig, MoMETransformer, pack
-from vlmo_fast.ops._linear import linear, uses_onednn
+from vlmo_fast import MoMEConfig, MoMETransformer, ops, pack
+from vlmo_fast.ops import dispatch, linear, matmul
+
+BACKENDS = [c.implementation for c in ops.explain("linear", ops.Problem("cpu", torch.float32)) if c.rank]
+
+pytestmark = pytest.mark.usefixtures("library")
+HAS_ONEDNN = torch.backends.mkldnn.is_available()
 
 SHAPES = {
     "a few rows": (5, 24, 56),
@@ -30,22 +35,29 @@ def with_gradients(function, tensors, seed):
     return [out, *torch.autograd.grad(out, leaves, seed)]
 
 
-def compare(tensors, seed, of_leaves=lambda *leaves: leaves):
+def compare(draw_tensors, draw_seed, of_leaves=lambda *leaves: leaves, backend="auto"):
     """Our layer against F.linear in float64, of what `of_leaves` makes of the tensors."""
-    exact = with_gradients(lambda *x: F.linear(*of_leaves(*x)), [t.double() for t in tensors], seed.double())
-    eager = with_gradients(lambda *x: F.linear(*of_leaves(*x)), tensors, seed)
-    ours = with_gradients(lambda *x: linear(*of_leaves(*x)), tensors, seed)
-    for name, *results in zip(("out", "d x", "d weight", "d bias"), ours, exact, eager, strict=False):
-        tolerances.check(name, *results)
+
+    def results():
+        tensors, seed = draw_tensors(), draw_seed()
+        exact = with_gradients(lambda *x: F.linear(*of_leaves(*x)), [t.double() for t in tensors], seed.double())
+        eager = with_gradients(lambda *x: F.linear(*of_leaves(*x)), tensors, seed)
+        ours = with_gradients(lambda *x: linear(*of_leaves(*x), backend=backend), tensors, seed)
+        return {
+            name: each for name, *each in zip(("out", "d x", "d weight", "d bias"), ours, exact, eager, strict=False)
+        }
+
+    tolerances.check(results)
 
 
 @pytest.mark.usefixtures("nan_filled_empty")
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("has_bias", [True, False])
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_values_and_gradients(shape, has_bias):
+def test_values_and_gradients(shape, has_bias, backend):
     rows, width, out = shape
-    tensors = [draw(rows, width), draw(out, width), *([draw(out)] if has_bias else [])]
-    compare(tensors, draw(rows, out))
+    tensors = lambda: [draw(rows, width), draw(out, width), *([draw(out)] if has_bias else [])]
+    compare(tensors, lambda: draw(rows, out), backend=backend)
 
 
 @pytest.mark.parametrize("case", ["every second row", "transposed", "one row expanded", "half of a weight"])
@@ -56,10 +68,10 @@ def test_strides(case):
         "one row expanded": lambda x, weight: (x[:1].expand(9, -1), weight),
         "half of a weight": lambda x, weight: (x, weight[20:]),
     }[case]
-    x, weight = draw(24, 24), draw(56, 24)
-    rows, out = F.linear(*of_leaves(x, weight)).shape
-    compare([x, weight], draw(rows, out), of_leaves)
-    compare([x, weight], torch.ones(()).expand(rows, out), of_leaves)
+    tensors = lambda: [draw(24, 24), draw(56, 24)]
+    rows, out = F.linear(*of_leaves(*tensors())).shape
+    compare(tensors, lambda: draw(rows, out), of_leaves)
+    compare(tensors, lambda: torch.ones(()).expand(rows, out), of_leaves)
 
 
 def test_only_the_gradients_that_are_wanted():
@@ -72,24 +84,26 @@ def test_only_the_gradients_that_are_wanted():
 
 
 def test_second_derivatives():
-    tensors = [draw(5, 24), draw(8, 24), draw(8)]
-
-    def of(function, dtype=torch.float32):
+    def of(tensors, function, dtype=torch.float32):
         leaves = [tensor.to(dtype).detach().clone().requires_grad_() for tensor in tensors]
         first = torch.autograd.grad(function(*leaves).tanh().sum(), leaves, create_graph=True)
         return torch.autograd.grad(sum(g.square().sum() for g in first), leaves)
 
-    for results in zip(of(linear), of(F.linear, torch.float64), of(F.linear), strict=True):
-        tolerances.check("second derivative", *results)
+    def results():
+        tensors = [draw(5, 24), draw(8, 24), draw(8)]
+        each = of(tensors, linear), of(tensors, F.linear, torch.float64), of(tensors, F.linear)
+        return dict(zip(("x", "weight", "bias"), zip(*each, strict=True), strict=True))
+
+    tolerances.check(results)
 
 
-@pytest.mark.skipif(not uses_onednn(torch.ones(1)), reason="needs a torch with oneDNN")
-def test_when_it_is_torchs_own(monkeypatch):
+@pytest.mark.skipif(not HAS_ONEDNN, reason="needs a torch with oneDNN")
+def test_when_it_is_torchs_own(monkeypatch, library):
     used = []
-    monkeypatch.setattr("vlmo_fast.ops._linear.product", lambda *a: used.append(1) or F.linear(*a))
+    monkeypatch.setattr(type(matmul.ONEDNN), "product", lambda self, *a: used.append(1) or F.linear(*a))
     x, weight = draw(5, 24), draw(56, 24)
     linear(x, weight)
-    assert used
+    assert bool(used) == (library == "oneDNN")
     used.clear()
     linear(x.double(), weight.double())
     linear(x.bfloat16(), weight.bfloat16())
@@ -104,9 +118,62 @@ def test_when_it_is_torchs_own(monkeypatch):
 
 
 @pytest.mark.parametrize("rows", [5, 259])
+def test_products_of_the_experts(rows, library):
+    """What the experts call: the rows filled up for oneDNN alone, GELU with the product."""
+
+    def results():
+        x, weight, bias = draw(rows, 24), draw(56, 24), draw(56)
+        chosen = matmul.library_for(weight)
+        padded = chosen.pad_rows(x)
+        assert len(padded) == (260 if (rows, library, HAS_ONEDNN) == (259, "oneDNN", True) else rows)
+        exact = F.linear(x.double(), weight.double(), bias.double())
+        eager = F.linear(x, weight, bias)
+        ours, activated = (f(padded, weight, bias)[:rows] for f in (chosen.product, chosen.product_gelu))
+        return {"product": (ours, exact, eager), "gelu": (activated, F.gelu(exact), F.gelu(eager))}
+
+    tolerances.check(results)
+
+
+@pytest.mark.parametrize("rows", [5, 259])
 def test_opcheck(rows):
     arguments = (draw(rows, 24).requires_grad_(), draw(56, 24).requires_grad_(), draw(56).requires_grad_())
-    torch.library.opcheck(torch.ops.vlmo_fast.linear, arguments)
+    for backend in BACKENDS:
+        torch.library.opcheck(torch.ops.vlmo_fast.linear, (*arguments, backend))
+
+
+def faked(monkeypatch, capability, has_mkl=True):
+    monkeypatch.undo()  # `library`
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: has_mkl)
+
+
+@pytest.mark.skipif(not HAS_ONEDNN, reason="needs a torch with oneDNN")
+@pytest.mark.parametrize(
+    ("capability", "has_mkl", "chosen"),
+    [
+        ("AVX512", True, "onednn"),
+        ("AVX2", True, "torch"),
+        ("AVX2", False, "onednn"),
+        ("DEFAULT", True, "onednn"),  # not measured
+        ("SVE256", False, "onednn"),
+    ],
+)
+def test_the_rule(monkeypatch, capability, has_mkl, chosen):
+    """By instruction set, as torch has it; bfloat16 is oneDNN's wherever the processor multiplies it."""
+    half = ops.Problem("cpu", torch.bfloat16, inside=True)
+    of_half = ops.select("linear", half)
+    faked(monkeypatch, capability, has_mkl)
+    for inside in (False, True):
+        assert ops.select("linear", ops.Problem("cpu", torch.float32, inside=inside)) == chosen
+        assert ops.select("linear", ops.Problem("cpu", torch.float64, inside=inside)) == "torch"
+    assert ops.select("linear", half) == of_half
+
+
+def test_the_rule_is_a_constant_to_the_compiler(monkeypatch):
+    """A trace does not follow torch's own questions about the processor."""
+    faked(monkeypatch, "AVX2")
+    run = torch.compile(lambda x: 2 * x if dispatch._mkl_is_faster() else x, fullgraph=True, backend="eager")
+    assert run(torch.ones(2)).tolist() == [2, 2]
 
 
 def test_flops():

@@ -4,16 +4,18 @@ import copy
 import pickle
 from functools import cache
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from vlmo_fast import MoMEConfig, MoMEOutput, MoMETransformer, ops, pack
-from vlmo_fast.model import MoMEBlock
-from vlmo_fast.ops import _attention, _ffn, _packed_attention
-from vlmo_fast.packing import PaddedRows
+from vlmo_fast.block import MoMEBlock
+from vlmo_fast.ops import ffn, packed, padded
+from vlmo_fast.rows import PaddedRows, plan_padded
 
 SIZES = {
     "hidden_size": 24,
@@ -258,7 +260,7 @@ IDS, MASK, PIXELS = inputs()
         (
             {"pixel_values": PIXELS, "bool_masked_pos": torch.ones(3, 9, dtype=torch.bool)},
             ValueError,
-            "bool_masked_pos must go to a model made with add_mask_token=True",
+            "bool_masked_pos needs a model built with add_mask_token=True",
         ),
         (
             {"input_ids": IDS, "pixel_values": PIXELS, "use_vl_branch": True},
@@ -568,9 +570,9 @@ def test_unused_text_positions_are_frozen():
 # Biases kept in evaluation
 
 
-def biases_of(model):
+def biases_of(model, num_text=6):
     with torch.no_grad():
-        return model._biases(6, (3,))
+        return model._biases(plan_padded(1, num_text, (3,), None, cls_only=False))
 
 
 def test_biases_are_kept_in_evaluation():
@@ -578,12 +580,12 @@ def test_biases_are_kept_in_evaluation():
     model = build().eval()
     first = biases_of(model)
     assert biases_of(model) is first
-    with torch.no_grad():
-        for num_text in range(1, 5):
-            model._biases(num_text, (3,))
-    assert len(model._kept_biases) == 4
+    for num_text in range(1, 5):
+        biases_of(model, num_text)
+    assert biases_of(model, 4) is biases_of(model, 4)
     assert biases_of(model) is not first  # four other shapes came since
-    assert not copy.deepcopy(model)._kept_biases
+    assert copy.deepcopy(model)._kept_biases._kept is None
+    assert pickle.loads(pickle.dumps(model))._kept_biases._kept is None
     for path in PATHS:
         with torch.no_grad():
             kept = [tensors(run(model, path)) for _ in range(2)]
@@ -592,18 +594,28 @@ def test_biases_are_kept_in_evaluation():
             assert torch.equal(a, c.detach())
 
 
-@pytest.mark.parametrize("change", ["in place", "loaded", "assigned", "data", "moved"])
-def test_kept_biases_follow_the_table(change):
+CHANGES = {
+    "in place": lambda table, other: table.detach().mul_(2),
+    "data assigned": lambda table, other: setattr(table, "data", other.data),
+    "data in place": lambda table, other: table.data.mul_(2),
+    "data copied": lambda table, other: table.data.copy_(other.data),
+    "through NumPy": lambda table, other: np.multiply(table.detach().numpy(), 2, out=table.detach().numpy()),
+    "one row": lambda table, other: table.data[0].add_(1),
+}
+
+
+@pytest.mark.parametrize("change", [*CHANGES, "loaded", "assigned", "from a vector", "moved"])
+def test_no_change_of_the_table_goes_unseen(change):
+    """A teacher in evaluation mode is updated in any of these ways; nobody calls `eval` again."""
     model, other = build().eval(), build(seed=1)
     before = biases_of(model)[0].clone()
-    if change == "in place":
-        with torch.no_grad():
-            model.relative_position_bias.table.mul_(2)
+    table = model.relative_position_bias.table
+    if change in CHANGES:
+        CHANGES[change](table, other.relative_position_bias.table)
     elif change in ("loaded", "assigned"):
         model.load_state_dict(other.state_dict(), assign=change == "assigned")
-    elif change == "data":
-        model.relative_position_bias.table.data = other.relative_position_bias.table.data
-        model.eval()
+    elif change == "from a vector":
+        vector_to_parameters(parameters_to_vector(other.parameters()), model.parameters())
     else:
         model.double()
     after = biases_of(model)[0]
@@ -613,14 +625,21 @@ def test_kept_biases_follow_the_table(change):
 
 
 def test_no_biases_are_kept_for_training():
-    model = build().eval()
-    run(model, "pair")
-    with torch.no_grad():
-        run(model.train(), "pair")
-    assert not model._kept_biases
-    biases_of(model.eval())
-    assert model._kept_biases
-    assert not model.train()._kept_biases
+    model = build().train()
+    assert biases_of(model) is not biases_of(model)
+    run(model.eval(), "pair")
+    assert model._kept_biases._kept is None  # with gradients
+    biases_of(model)
+    assert model._kept_biases._kept is not None
+
+
+def test_watched_biases_are_gathered_by_a_call():
+    model, calls = build().eval(), []
+    biases_of(model)
+    model.relative_position_bias.register_forward_hook(lambda *_: calls.append(1))
+    biases_of(model)
+    biases_of(model)
+    assert len(calls) == 2
 
 
 # Implementations by name
@@ -629,7 +648,7 @@ def test_no_biases_are_kept_for_training():
 def test_backends_reach_the_door(monkeypatch):
     """Each op on its own, attention in both its forms at once, and back to auto."""
     model, seen, ids = build(), {}, inputs()[0]
-    for module in (_attention, _packed_attention, _ffn):
+    for module in (padded, packed, ffn):
         monkeypatch.setattr(
             module,
             "select",

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from vlmo_fast import ops
-from vlmo_fast.ops import _attention, _fused, dispatch
+from vlmo_fast.ops import dispatch, padded
+from vlmo_fast.ops.padded import fused
 
 # Relative Frobenius error against float64 on the same, already rounded inputs. In half precision the softmax weights
 # and the output are rounded, half an eps each. In float32 the scores round too: a score of size s moves its weight by
@@ -59,7 +60,9 @@ CASES = pytest.mark.parametrize(
         (True, True, 1, 3),  # one query: last-layer-for-[CLS]
     ],
 )
-BACKENDS = pytest.mark.parametrize("backend", ["eager", "sdpa", "auto"])
+# On any device and in any dtype, in torch alone.
+TORCHS = [row.name for row in dispatch.TABLE["attention"] if row.accepts(ops.Problem("cpu", torch.float64))[0]]
+BACKENDS = pytest.mark.parametrize("backend", [*TORCHS, "auto"])
 
 
 def gradients(output, tensors):
@@ -156,7 +159,7 @@ def test_non_contiguous_inputs(backend):
     )
 
 
-@pytest.mark.parametrize("backend", ["eager", "sdpa"])
+@pytest.mark.parametrize("backend", TORCHS)
 def test_attention_gradcheck(backend):
     query, key, value, table, key_mask = problem(bias=True, mask=True, num_queries=2, num_keys=3)
 
@@ -168,7 +171,7 @@ def test_attention_gradcheck(backend):
 
 def test_attention_compiles_whole():
     query, key, value, table, key_mask = problem(bias=True, mask=True)
-    for backend in ("eager", "sdpa", "auto"):
+    for backend in (*TORCHS, "auto"):
         compiled = torch.compile(ops.attention, fullgraph=True, backend="eager")
         torch.testing.assert_close(
             compiled(query, key, value, table, key_mask, backend=backend),
@@ -196,7 +199,7 @@ def test_attention_refuses_shapes(change, error, message):
     shapes = {"query": (2, 3, 4, 6), "key": (2, 3, 5, 6), "value": (2, 3, 5, 6), "bias": (3, 4, 5), "key_mask": (2, 5)}
     tensors = {name: torch.ones(shape) for name, shape in {**shapes, **change}.items()}
     tensors["key_mask"] = tensors["key_mask"].bool()
-    for backend in ("auto", "eager", "sdpa"):
+    for backend in ("auto", *TORCHS):
         with pytest.raises(error, match=f"^attention: .*{message}"):
             ops.attention(**tensors, backend=backend)
 
@@ -324,8 +327,9 @@ def test_automatic_choices(monkeypatch):
 
 def test_explicit_choices():
     for op in ("attention", "contrastive_loss"):
-        for name in set(ops.implementations(op)) - {"xformers", "cpu", "cuda", "cuda-sm90a", "cuda-blocks"}:
-            assert ops.select(op, ops.Problem("cpu", torch.float32), name) == name
+        for row in dispatch.TABLE[op]:
+            if row.extension is None and row.accepts(ops.Problem("cpu", torch.float32))[0]:
+                assert ops.select(op, ops.Problem("cpu", torch.float32), row.name) == row.name
     assert ops.implementations("attention") == ("cpu", "sdpa", "eager", "xformers")
 
 
@@ -354,7 +358,7 @@ def test_what_xformers_is_given(monkeypatch, bias, mask):
     """Heads of 6 and 5 keys, of which neither fits its kernels: values and gradients, where it takes what it gets."""
     fake_xformers.install(monkeypatch)
     tensors = problem(bias=bias, mask=mask)
-    actual, wanted = _fused.xformers(*tensors, 0.3), ops.attention(*tensors, scale=0.3, backend="eager")
+    actual, wanted = fused.xformers(*tensors, 0.3), ops.attention(*tensors, scale=0.3, backend="eager")
     torch.testing.assert_close(actual, wanted)
     leaves = [x for x in tensors if x is not None and x.requires_grad]
     weight = torch.randn_like(wanted)
@@ -368,7 +372,7 @@ def test_xformers_gets_rows_that_lie_apart_together(monkeypatch, num_keys):
     fake_xformers.install(monkeypatch)
     query, key, value, _, _ = problem(bias=False, mask=False, num_keys=num_keys, dtype=torch.float32)
     bias = torch.randn(4, num_keys, 3).permute(2, 0, 1)
-    actual = _fused.xformers(query, key, value, bias, None, 0.3)
+    actual = fused.xformers(query, key, value, bias, None, 0.3)
     torch.testing.assert_close(actual, ops.attention(query, key, value, bias, scale=0.3, backend="eager"))
 
 
@@ -414,20 +418,18 @@ def test_unknown_backend_names_the_known_ones():
 def test_the_op_runs_what_was_selected(monkeypatch):
     """`attention` runs the implementation by the name that `select` gave, whatever it is."""
     tensors = (torch.ones(1, 1, 2, 4),) * 3
-    monkeypatch.setattr(ops.reference, "attention", lambda *_: "the reference")
-    monkeypatch.setattr(_fused, "sdpa", lambda *_: "sdpa")
+    load = {"eager": lambda *_: "the reference", "sdpa": lambda *_: "sdpa"}.__getitem__
+    monkeypatch.setattr(padded, "load", lambda op, name: load(name))
     assert ops.attention(*tensors, backend="eager") == "the reference"
     assert ops.attention(*tensors, backend="sdpa") == "sdpa"
     assert ops.attention(*(x.double() for x in tensors)) == "the reference"
-    monkeypatch.setattr(_attention, "select", lambda op, problem, backend: "sdpa")
+    monkeypatch.setattr(padded, "select", lambda op, problem, backend: "sdpa")
     assert ops.attention(*tensors) == "sdpa"
 
 
 def test_the_problem_describes_the_call(monkeypatch):
     seen = []
-    monkeypatch.setattr(
-        _attention, "select", lambda op, problem, backend: seen.append((op, problem, backend)) or "eager"
-    )
+    monkeypatch.setattr(padded, "select", lambda op, problem, backend: seen.append((op, problem, backend)) or "eager")
     query = torch.ones(1, 1, 2, 4, requires_grad=True)
     plain = query.detach()
     ops.attention(plain, plain, plain)
@@ -447,7 +449,7 @@ def test_the_problem_describes_the_call(monkeypatch):
 @pytest.mark.parametrize("which", [1, 2], ids=["key", "value"])
 def test_gradients_of_key_and_value_count(monkeypatch, which):
     seen = []
-    monkeypatch.setattr(_attention, "select", lambda op, problem, backend: seen.append(problem.needs_grad) or "eager")
+    monkeypatch.setattr(padded, "select", lambda op, problem, backend: seen.append(problem.needs_grad) or "eager")
     tensors = [torch.ones(1, 1, 2, 4, requires_grad=index == which) for index in range(3)]
     ops.attention(*tensors)
     assert seen == [True]
@@ -456,9 +458,9 @@ def test_gradients_of_key_and_value_count(monkeypatch, which):
 @pytest.fixture
 def candidates(monkeypatch):
     """An op with one implementation that only takes float32 and one that takes no CUDA."""
-    first = dispatch._Implementation("narrow", lambda p: (p.dtype == torch.float32, "float32 only"))
-    second = dispatch._Implementation("wide", lambda p: (p.device != "cuda", "no CUDA here"))
-    monkeypatch.setattr(dispatch, "_IMPLEMENTATIONS", {"op": (first, second)})
+    first = dispatch.Row("narrow", print, lambda p: (p.dtype == torch.float32, "float32 only"))
+    second = dispatch.Row("wide", print, lambda p: (p.device != "cuda", "no CUDA here"))
+    monkeypatch.setattr(dispatch, "TABLE", {"op": (first, second)})
 
 
 @pytest.mark.usefixtures("candidates")
@@ -474,15 +476,28 @@ def test_what_cannot_run_is_skipped_or_refused():
 
 
 def test_explain_is_the_door_as_a_table():
-    rows = ops.explain()
-    assert {(row.op, row.device, row.dtype) for row in rows} == {
-        (op, device, dtype)
-        for op in dispatch._IMPLEMENTATIONS
+    """Every candidate once; the first rank is what `select` gives, and whoever has a rank or is by name can run."""
+    choices = ops.explain()
+    assert [(c.op, c.device, c.dtype, c.implementation) for c in choices if c.rank == 1] == [
+        (op, device, dtype, ops.select(op, ops.Problem(device, getattr(torch, dtype))))
+        for op in dispatch.TABLE
         for device in ("cpu", "cuda")
         for dtype in ("float32", "bfloat16")
-    }
-    for row in rows:
-        assert row.implementation == ops.select(row.op, ops.Problem(row.device, getattr(torch, row.dtype)))
-        chosen = next(c for c in dispatch._IMPLEMENTATIONS[row.op] if c.name == row.implementation)
-        assert row.reason == chosen.accepts(ops.Problem(row.device, getattr(torch, row.dtype)))[1]
-        assert row.reason
+    ]
+    for op in dispatch.TABLE:
+        for dtype in (torch.float32, torch.float64):
+            problem = ops.Problem("cpu", dtype, False)
+            candidates = ops.explain(op, problem)
+            assert sorted(c.implementation for c in candidates) == sorted(ops.implementations(op))
+            ranks = [c.rank for c in candidates if c.rank is not None]
+            assert ranks == list(range(1, len(ranks) + 1))
+            for choice in candidates:
+                assert choice.reason
+                if choice.reason.startswith("cannot run: "):
+                    with pytest.raises((NotImplementedError, ImportError)):
+                        ops.select(op, problem, choice.implementation)
+                else:
+                    assert ops.select(op, problem, choice.implementation) == choice.implementation
+                    assert (choice.rank is None) == choice.reason.startswith("by name alone: ")
+    with pytest.raises(ValueError, match=r"^explain: op must be one of \['attention', .*got 'softmax'$"):
+        ops.explain("softmax")

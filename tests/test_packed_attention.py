@@ -1,5 +1,6 @@
 """Packed attention: each implementation against the reference in float64, and its life under torch's tools."""
 
+import copy
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -11,10 +12,21 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from vlmo_fast import ops
-from vlmo_fast.ops import _buckets, _packed_attention, dispatch, reference
+from vlmo_fast.ops import dispatch, packed, reference
+from vlmo_fast.ops.packed import PackedAttentionBackend, bucketed
 
-BACKENDS = ["bucketed", "sdpa", "eager"]
-FAST = pytest.mark.parametrize("backend", ["bucketed", "sdpa", "cpu", "triton"])  # the last on a GPU, or interpreted
+OP = "packed_attention"
+INTERPRETED = ops.Problem("cpu", torch.float32, interpreted=True)
+# On a CPU, or interpreted. What cannot run for want of the library is built.
+FASTS = [
+    row.name
+    for row in dispatch.TABLE[OP]
+    if row.accepts(INTERPRETED)[0] and isinstance(dispatch.load(OP, row.name), PackedAttentionBackend)
+]
+FAST = pytest.mark.parametrize("backend", FASTS)
+# On any device and in any dtype, in torch alone.
+TORCHS = [row.name for row in dispatch.TABLE[OP] if row.accepts(ops.Problem("cpu", torch.float64))[0]]
+BUCKETS = pytest.mark.parametrize("backend", [name for name in TORCHS if name in FASTS])
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # where Triton kernels run; on a CPU they are interpreted
 
 
@@ -88,7 +100,7 @@ MIXES = {
 }
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", TORCHS)
 @pytest.mark.parametrize("cls_only", [False, True], ids=["all", "cls"])
 @pytest.mark.parametrize("lengths", MIXES.values(), ids=MIXES)
 def test_float64_values_and_gradients(lengths, cls_only, backend):
@@ -107,18 +119,23 @@ def check_float64(tensors, segments, longest, cls_only, backend):
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
 
 
-def check_rounding(tensors, segments, longest, cls_only=False, backend="auto", condition=1.0):
-    """Values and all gradients within the bounds of `tolerances`."""
-    exact, leaves = oracle(tensors, segments, cls_only)
-    results = [run(tensors, segments, longest, cls_only=cls_only, backend=name) for name in (backend, "eager")]
-    seed = torch.randn_like(results[0])
-    present = [x for x in tensors if x is not None]
-    gradients = [torch.autograd.grad(result, present, seed) for result in results]
-    wanted = torch.autograd.grad(exact, leaves, seed.double())
-    names = ["out", "query", "key", "value", "bias"]
-    ours, eager = ((out, *grads) for out, grads in zip(results, gradients, strict=True))
-    for name, found, other, truth in zip(names, ours, eager, (exact, *wanted), strict=False):
-        tolerances.check(name, found, truth, other, condition=condition)
+def check_rounding(make, cls_only=False, backend="auto", condition=1.0, device="cpu", dtype=None):
+    """Values and all gradients of the problems that `make` draws, within the bounds of `tolerances`."""
+
+    def results():
+        tensors, segments, longest = make()
+        exact, leaves = oracle(tensors, segments, cls_only)
+        moved = [None if x is None else x.detach().to(device).requires_grad_() for x in tensors]
+        out = run(moved, segments.to(device), longest, cls_only=cls_only, backend=backend)
+        eager = run(tensors, segments, longest, cls_only=cls_only, backend="eager")
+        seed = torch.randn_like(eager)
+        ours = out, *torch.autograd.grad(out, [x for x in moved if x is not None], seed.to(device))
+        others = eager, *torch.autograd.grad(eager, [x for x in tensors if x is not None], seed)
+        wanted = exact, *torch.autograd.grad(exact, leaves, seed.double())
+        names = ["out", "query", "key", "value", "bias"]
+        return {name: (x.cpu(), *rest) for name, x, *rest in zip(names, ours, wanted, others, strict=False)}
+
+    tolerances.check(results, dtype, condition)
 
 
 ODD = {
@@ -133,33 +150,36 @@ ODD = {
 
 @pytest.mark.usefixtures("nan_filled_empty")
 @pytest.mark.parametrize("lengths", ODD.values(), ids=ODD)
-@pytest.mark.parametrize("backend", ["bucketed", "sdpa"])
+@BUCKETS
 def test_float32_of_odd_lengths(lengths, backend):
-    check_rounding(
-        *problem(lengths, heads=2, width=16, dtype=torch.float32, places=941, text_places=40), False, backend
-    )
+    make = lambda: problem(lengths, heads=2, width=16, dtype=torch.float32, places=941, text_places=40)
+    check_rounding(make, False, backend)
 
 
 @pytest.mark.usefixtures("nan_filled_empty")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("width", [16, 32, 34, 64, 128])
-def test_rounding_of_dtypes_and_head_sizes(dtype, width):
+@BUCKETS
+def test_rounding_of_dtypes_and_head_sizes(backend, dtype, width):
     lengths = [(12, 0), (9, 21), (0, 21), (9, 21), (14, 0)]
-    for backend in ("bucketed", "sdpa"):
-        check_rounding(*problem(lengths, width=width, dtype=dtype), False, backend)
-        check_rounding(*problem(lengths, width=width, dtype=dtype, cls_only=True), True, backend)
+    check_rounding(lambda: problem(lengths, width=width, dtype=dtype), False, backend)
+    check_rounding(lambda: problem(lengths, width=width, dtype=dtype, cls_only=True), True, backend)
 
 
-@pytest.mark.parametrize("backend", ["bucketed", "sdpa"])
+def with_large_bias(drawn):
+    """Scores of hundreds, and a row of the bias in which all keys are alike."""
+    with torch.no_grad():
+        drawn[0][3].mul_(300)
+        drawn[0][3][:, 3] = 1e4
+    return drawn
+
+
+@BUCKETS
 def test_large_bias(backend):
     """Scores of hundreds: the softmax is nearly one key's, and exp of a score would overflow."""
-    tensors, segments, longest = problem([(12, 9), (5, 0), (0, 9)])
-    with torch.no_grad():
-        tensors[3].mul_(300)
-        tensors[3][:, 3] = 1e4  # all keys alike
-    check_float64(tensors, segments, longest, False, backend)
-    single = [x.detach().float().requires_grad_() for x in tensors]
-    check_rounding(single, segments, longest, False, backend, condition=1e4)
+    make = lambda dtype: with_large_bias(problem([(12, 9), (5, 0), (0, 9)], dtype=dtype))
+    check_float64(*make(torch.float64), False, backend)
+    check_rounding(lambda: make(torch.float32), False, backend, condition=1e4)
 
 
 def leave_keys_out(bias):
@@ -168,14 +188,14 @@ def leave_keys_out(bias):
         bias[:, 8, :12] = bias[:, 14, :12] = bias[:, :, 7] = float("-inf")
 
 
-@pytest.mark.parametrize("backend", ["bucketed", "sdpa"])
+@BUCKETS
 def test_keys_that_the_bias_leaves_out(backend):
     tensors, segments, longest = problem([(12, 9), (5, 0)])
     leave_keys_out(tensors[3])
     check_float64(tensors, segments, longest, False, backend)
 
 
-@pytest.mark.parametrize("backend", ["bucketed", "sdpa"])
+@BUCKETS
 def test_a_thousand_sequences(backend):
     generator = torch.Generator().manual_seed(3)
     lengths = [tuple(torch.randint(0, 5, (2,), generator=generator).tolist()) for _ in range(1000)]
@@ -184,7 +204,7 @@ def test_a_thousand_sequences(backend):
 
 def test_chunks_of_sequences_and_of_heads(monkeypatch):
     """A limit of scores that holds two of the small sequences, and one head of the large ones."""
-    monkeypatch.setitem(_buckets.CHUNK_BYTES, "cpu", 2 * 3 * 5 * 5 * 8)
+    monkeypatch.setitem(bucketed.CHUNK_BYTES, "cpu", 2 * 3 * 5 * 5 * 8)
     lengths = [(5, 0)] * 5 + [(4, 8)] * 3
     for cls_only in (False, True):
         check_float64(*problem(lengths, cls_only=cls_only), cls_only, "bucketed")
@@ -212,7 +232,7 @@ def test_cls_only_is_the_first_row_of_each():
     torch.testing.assert_close(short, whole[first], rtol=1e-13, atol=1e-14)
 
 
-@pytest.mark.parametrize("backend", ["bucketed", "sdpa"])
+@BUCKETS
 @pytest.mark.parametrize("needed", [0, 1, 2, 3], ids=["query", "key", "value", "bias"])
 def test_one_gradient_alone(needed, backend):
     """Also that of the bias alone, at which SDPA's memory-efficient kernel fails."""
@@ -352,7 +372,7 @@ def test_second_derivatives_are_refused(backend):
     tensors, segments, longest = small_problem(backend)
     out = run(tensors, segments, longest, backend=backend)
     (first,) = torch.autograd.grad(out.square().sum(), tensors[3], create_graph=True)
-    with pytest.raises(NotImplementedError, match="packed_attention: backend must be 'eager' for derivatives of deriv"):
+    with pytest.raises(NotImplementedError, match='packed_attention: double backward needs backend="eager"'):
         first.sum().backward()
 
 
@@ -496,15 +516,20 @@ def test_the_kernels_need_cuda_or_the_interpreter(monkeypatch):
     assert ops.select("packed_attention", ops.Problem("cpu", torch.float32, interpreted=True), "triton") == "triton"
 
 
-@pytest.mark.parametrize("backend", ["auto", "bucketed", "sdpa", "eager"])
+@pytest.mark.parametrize("backend", ["auto", *TORCHS])
 def test_the_op_runs_what_was_selected(backend, monkeypatch):
+    """The code of the row and no other's."""
     tensors, segments, longest = problem([(2, 0)], grad=False)
     wanted = "sdpa" if backend == "auto" else backend
     seen = []
-    attend = _buckets.attend
-    monkeypatch.setattr(_buckets, "attend", lambda *a: seen.append(a[-1]) or attend(*a))
-    written_out = reference.packed_attention
-    monkeypatch.setattr(reference, "packed_attention", lambda *a: seen.append("eager") or written_out(*a))
+    for row in dispatch.TABLE["packed_attention"]:
+        code = dispatch.load("packed_attention", row.name)
+        if isinstance(code, PackedAttentionBackend):
+            spy = copy.copy(code)
+            spy.forward = lambda *a, name=row.name, code=code: seen.append(name) or code.forward(*a)
+        else:
+            spy = lambda *a, name=row.name, code=code: seen.append(name) or code(*a)
+        monkeypatch.setitem(row.__dict__, "implementation", spy)
     run(tensors, segments, longest, backend=backend)
     assert seen == [wanted]
 
@@ -512,7 +537,7 @@ def test_the_op_runs_what_was_selected(backend, monkeypatch):
 def test_what_xformers_is_given(monkeypatch):
     """Its kernels need a GPU; what reaches them is held to its own rules, and to the reference."""
     fake_xformers.install(monkeypatch)
-    monkeypatch.setattr(_packed_attention, "select", lambda *_: "xformers")
+    monkeypatch.setattr(packed, "select", lambda *_: "xformers")
     for bias, cls_only in ((True, False), (False, False), (True, True)):
         for width in (8, 34):
             tensors, segments, longest = problem(MIXES["all kinds"], bias=bias, cls_only=cls_only, width=width)

@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from torch._dynamo.testing import CompileCounter
 
 from vlmo_fast import MoMEConfig, MoMETransformer, pack
-from vlmo_fast.model import MoMEBlock
-from vlmo_fast.packing import KINDS, LayerRows, _to_device
+from vlmo_fast.block import MoMEBlock
+from vlmo_fast.packing import KINDS, _to_device
+from vlmo_fast.rows import LayerRows
 
 SIZES = {
     "hidden_size": 24,
@@ -399,5 +400,5 @@ def test_forward_packed_refuses():
     for inputs, options, error, message in cases:
         with pytest.raises(error, match=f"^MoMETransformer.forward_packed: .*{message}"):
             model.forward_packed(layout, *inputs, **options)
-    with pytest.raises(ValueError, match="layout must be without vl_branch where num_vl_layers is 0"):
+    with pytest.raises(ValueError, match="layout was packed with vl_branch=True, but the model has num_vl_layers=0"):
         build(num_vl_layers=0).forward_packed(pack([3], vl_branch=True), ids[:1, :3])

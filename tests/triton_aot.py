@@ -80,6 +80,33 @@ class Build:
     ptx: str
     sass: str
 
+    @property
+    def serialized(self) -> bool:
+        """Whether each WGMMA is waited for before the next is issued, which ptxas reports to Triton's log alone."""
+        return 0 < self.count("HGMMA") <= self.count(r"WARPGROUP\.DEPBAR\.LE gsb0, 0x0")
+
+    @property
+    def overtaken(self) -> bool:
+        """Whether some path leads from a read of tensor memory to a product into it without a barrier.
+
+        One warp issues the product; without a barrier the others may not have read yet.
+        """
+        lines = self.ptx.splitlines()
+        labels = {label[1]: at for at, line in enumerate(lines) if (label := re.match(r"(\$L\w+):", line))}
+        reached: set[int] = set()
+        ahead = [at for at, line in enumerate(lines) if "tcgen05.ld" in line]
+        while ahead:
+            at = ahead.pop()
+            branch = re.match(r"\s*(@\S+\s+)?(?:bra(?:\.uni)?\s+(\$L\w+)|ret);", lines[at])
+            following = [labels[branch[2]]] if branch and branch[2] else []
+            if not branch or branch[1]:
+                following.append(at + 1)
+            for line in following:
+                if line < len(lines) and line not in reached and "bar.sync" not in lines[line]:
+                    reached.add(line)
+                    ahead.append(line)
+        return any("tcgen05.mma" in lines[line] for line in reached)
+
     def count(self, instruction: str) -> int:
         """How many machine instructions start with `instruction`."""
         return len(re.findall(rf"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+ )?{instruction}\b", self.sass, re.MULTILINE))
@@ -101,12 +128,16 @@ def compile_ahead(*jobs: Job, capability: int) -> list[Build]:
 
 
 def check_build(build: Build, *, tensor_cores: bool = True) -> None:
-    """What every kernel here must keep: no spills, no local memory, shared memory that fits, tensor cores in use."""
+    """What every kernel here must keep: no spills, no local memory, shared memory that fits, tensor cores in use.
+
+    Nor may a product overtake a read of tensor memory.
+    """
     assert build.spills == 0, f"{build.spills} instructions on local memory"
     assert build.stack == 0, f"{build.stack} bytes of stack"
     assert build.local == 0, f"{build.local} bytes of local memory"
     assert build.shared <= SHARED_LIMIT[build.capability], f"{build.shared} bytes of shared memory"
     assert build.registers <= 255
+    assert not build.overtaken, "a product into tensor memory that other warps may still read"
     if tensor_cores:
         assert TENSOR_CORE_PTX[build.capability] in build.ptx
         assert build.count(TENSOR_CORE_SASS[build.capability]) > 0

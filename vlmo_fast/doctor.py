@@ -97,12 +97,19 @@ def _examine_tool(tool: _Tool) -> dict[str, str | None]:
 
 def _examine_extension(name: str) -> dict[str, str | None]:
     built = extensions.is_built(name)
+    capability = None
+    if built and name == "cpu":
+        try:
+            capability = extensions.cpu_capability()
+        except ImportError:  # whoever needs it gets the message
+            capability = "does not load"
     return {
         "name": f"{name} extension",
         "path": str(extensions.library(name)) if built else None,
         "version": "built" if built else None,
         "purpose": _EXTENSIONS[name],
         "install": None if built else extensions.build_command(name),
+        "capability": capability,
     }
 
 
@@ -145,10 +152,10 @@ def _advice(cuda_build: bool, has_device: bool) -> str | None:
     return f"an NVIDIA driver is installed, but torch is a CPU build; for a CUDA build: {reinstall}"
 
 
-def _implementations() -> list[dict[str, str]]:
+def _implementations() -> list[dict[str, Any]]:
     from vlmo_fast import ops
 
-    return [{field: str(value) for field, value in row._asdict().items()} for row in ops.explain()]
+    return [choice._asdict() for choice in ops.explain()]
 
 
 def render(report: dict[str, Any]) -> str:
@@ -165,6 +172,7 @@ def render(report: dict[str, Any]) -> str:
             ("torch", f"{torch['version']}, built for {torch['build']}"),
             ("cpu", f"{torch['cpu_capability']}, {threads} thread{'s' if threads != 1 else ''}"),
         ]
+        rows += [(part["name"], part["capability"]) for part in report["extensions"] if part["capability"]]
         rows += [(device["device"], _describe(device)) for device in torch["devices"]]
         rows += [] if torch["devices"] else [("gpu", "none that torch can use")]
     sections = ["\n".join(_table(rows))]
@@ -174,9 +182,11 @@ def render(report: dict[str, Any]) -> str:
     sections.append("\n".join(["Parts", *_table([("name", "version", "for"), *there], indent="  ")]))
 
     if report["implementations"]:
-        header = tuple(report["implementations"][0])
-        body = [tuple(row.values()) for row in report["implementations"]]
-        sections.append("\n".join(["What each op runs", *_table([header, *body], indent="  ")]))
+        header = ("op", "device", "dtype", "implementation", "reason")
+        body = [tuple(row[field] for field in header) for row in report["implementations"] if row["rank"] == 1]
+        sections.append(
+            "\n".join(["What each op runs (every candidate: --json)", *_table([header, *body], indent="  ")])
+        )
 
     commands: dict[str, list[str]] = {}
     for part in parts:

@@ -7,13 +7,14 @@ libraries for several releases of torch lie side by side.
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import sys
 from functools import cache
 from importlib import metadata
 from pathlib import Path
 
-__all__ = ["NAMES", "build_command", "is_built", "library", "load", "sources"]
+__all__ = ["NAMES", "build_command", "cpu_capability", "is_built", "library", "load", "sources"]
 
 NAMES = ("cpu", "cuda")
 PACKAGE = Path(__file__).resolve().parent
@@ -68,3 +69,30 @@ def load(name: str) -> None:
         raise ImportError(
             f"vlmo_fast: the {name} extension does not load ({error}); to build it anew: {build_command(name)} --force"
         ) from error
+    if name == "cpu":
+        _hold_back()
+
+
+def cpu_capability() -> str:
+    """The instruction set that the CPU library's kernels use: baseline, avx2 or avx512.
+
+    Raises:
+        ImportError: as in `load`.
+    """
+    load("cpu")
+    of_library = ctypes.CDLL(str(library("cpu"))).vlmo_fast_cpu_capability
+    of_library.restype = ctypes.c_char_p
+    return str(of_library().decode())
+
+
+def _hold_back() -> None:
+    """Have the CPU library use no better instruction set than torch does, which ATEN_CPU_CAPABILITY may hold back.
+
+    The library cannot ask: torch's stable ABI does not tell.
+    """
+    import torch
+
+    use = ctypes.CDLL(str(library("cpu"))).vlmo_fast_cpu_use
+    use.restype = ctypes.c_bool
+    better = {"AVX512": 0, "AVX2": 1}.get(torch.backends.cpu.get_cpu_capability(), 2)
+    any(use(name) for name in (b"avx512", b"avx2", b"baseline")[better:])

@@ -8,17 +8,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from vlmo_fast import ops
-from vlmo_fast.config import MoMEConfig
-from vlmo_fast.model import Attention, Expert, MoMEBlock
-from vlmo_fast.packing import PaddedRows
+from vlmo_fast.block import Attention, Expert, MoMEBlock, mix_experts
+from vlmo_fast.config import EXPERTS, MoMEConfig
 from vlmo_fast.positions import LayerBiases, RelativePositionBias
+from vlmo_fast.rows import PaddedRows
 
 __all__ = ["ContrastiveLoss", "ExpertBlock", "ExpertFeedForward", "RelativeAttention", "RelativePositionBias"]
 
@@ -45,7 +44,7 @@ class ExpertFeedForward(nn.Module):
     def __init__(
         self,
         width: int,
-        experts: Sequence[str] = ("language", "vision", "vl"),
+        experts: Sequence[str] = EXPERTS,
         *,
         intermediate_size: int | None = None,
         layer_scale_init_value: float | None = None,
@@ -59,12 +58,11 @@ class ExpertFeedForward(nn.Module):
         self.layer_scale: nn.Parameter | None = None
         if layer_scale_init_value is not None:
             self.layer_scale = nn.Parameter(torch.full((width,), layer_scale_init_value))
-        self.eps = eps
         self.experts.apply(_initialise)
 
     @classmethod
     def from_dense(
-        cls, norm: nn.LayerNorm, fc1: nn.Linear, fc2: nn.Linear, experts: Sequence[str] = ("language", "vision", "vl")
+        cls, norm: nn.LayerNorm, fc1: nn.Linear, fc2: nn.Linear, experts: Sequence[str] = EXPERTS
     ) -> ExpertFeedForward:
         """Experts that all begin as one trained network: a model upgraded so computes what it did before.
 
@@ -114,8 +112,7 @@ class ExpertFeedForward(nn.Module):
         if row_scale is not None:
             scales = torch.cat([part.reshape(-1) for part in row_scale.split(counts, dim=-1)])
         sizes = [part.numel() // x.shape[-1] for part in parts]
-        weights = [cast("Expert", self.experts[name]).weights() for name, _ in groups]
-        rows = ops.mome_ffn(rows, sizes, weights, self.layer_scale, scales, eps=self.eps)
+        rows = mix_experts(rows, sizes, [self.experts[name] for name, _ in groups], self.layer_scale, scales)
         return torch.cat([part.view(like.shape) for part, like in zip(rows.split(sizes), parts, strict=True)], dim=-2)
 
 
@@ -234,7 +231,8 @@ class ContrastiveLoss(nn.Module):
 
     Args:
         logit_scale_init_value: logarithm of the scale at the start (CLIP's and VLMo's: log(1 / 0.07)).
-        max_logit_scale: bound of the scale itself; None for none, as in VLMo (CLIP's is 100).
+        max_logit_scale: bound of the scale, to which the parameter is set back where it lies beyond; None for none, as
+            in VLMo (CLIP's is 100).
     """
 
     def __init__(
@@ -253,9 +251,10 @@ class ContrastiveLoss(nn.Module):
         process_group: ProcessGroup | None = None,
     ) -> Tensor:
         """0-d loss in nats of unit-norm embeddings (N, P) and (M, P); other arguments as those of the op."""
-        scale = self.logit_scale.exp()
         if self.max_logit_scale is not None:
-            scale = scale.clamp(max=self.max_logit_scale)
+            with torch.no_grad():  # the parameter itself, so that its gradient never vanishes and it can come back
+                self.logit_scale.clamp_(max=math.log(self.max_logit_scale))
+        scale = self.logit_scale.exp()
         return ops.contrastive_loss(
             image_embeds, text_embeds, scale, image_ids=image_ids, text_ids=text_ids, process_group=process_group
         )

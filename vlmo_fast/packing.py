@@ -5,11 +5,11 @@ contiguous range of them and none is gathered, sliced or concatenated for the ex
 
     below the fusion layers    [ texts | texts of pairs | images of pairs | images ]
                                  language .............   vision .................
-    in the fusion layers       [ texts | texts again | texts of pairs | images of pairs | images again | images ]
-                                 language  vl ......................................................... vision
+    in the fusion layers       [ texts | texts (VL) | texts of pairs | images of pairs | images (VL) | images ]
+                                 language  vl ....................................................... vision
 
-"Again" is the vision-language branch of a text or an image alone: from the first fusion layer on one more sequence,
-whose rows are copied once. Attention runs within sequences; the tokens of a sequence lie in one or two runs of rows.
+(VL) is the VL branch of a text or an image alone: from the first fusion layer on one more sequence, whose rows are
+copied once. Attention runs within sequences; the tokens of a sequence lie in one or two runs of rows.
 
 `pack` plans on the host, with a few vectorised operations and no look at any device; the model only follows the plan.
 Shape suffixes: N rows, B sequences, D width.
@@ -17,208 +17,26 @@ Shape suffixes: N rows, B sequences, D width.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
-from typing import Literal, NamedTuple, TypeAlias, cast, get_args
+from typing import Literal, TypeAlias, cast, get_args
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from vlmo_fast import ops
+from vlmo_fast.config import MODALITIES
+from vlmo_fast.rows import AttentionPart, Groups, LayerRows
+from vlmo_fast.watch import values_are_visible
 
-__all__ = ["Groups", "Kind", "LayerRows", "PackedLayout", "PaddedRows", "pack"]
+__all__ = ["Kind", "PackedLayout", "pack", "pack_padded"]
 
 Kind: TypeAlias = Literal["text", "vl_text", "pair", "vl_image", "image"]
 KINDS: tuple[Kind, ...] = get_args(Kind)  # in the order of the rows
-FUSION_EXPERTS = ("language", "vl", "vl", "vl", "vision")  # of these kinds
+FUSION_EXPERTS = (MODALITIES[0], "vl", "vl", "vl", MODALITIES[1])  # of these kinds
 
 BIAS_STEP = 8  # texts' share of the bias matrix is a multiple of this, so that few sizes of it occur
-
-
-Groups: TypeAlias = tuple[tuple[str, int], ...]  # expert and number of rows of adjacent groups of rows
-
-
-@dataclass(frozen=True)
-class PaddedRows:
-    """The rows of a padded batch, whose sequences share one shape: those of all texts, then those of all images.
-
-    Attributes:
-        num_sequences: B.
-        num_text: tokens of a text, padding among them; 0 where there is none.
-        num_image: tokens of an image; 0 where there is none.
-        key_mask: (B, S) bool, False for padding, or None.
-        cls_only: whether the first token of each sequence is all that is wanted.
-    """
-
-    num_sequences: int
-    num_text: int
-    num_image: int
-    key_mask: Tensor | None = None
-    cls_only: bool = False
-
-    @property
-    def keeps_all(self) -> bool:
-        """Whether all rows are wanted."""
-        return not self.cls_only
-
-    @property
-    def modality_groups(self) -> Groups:
-        """Groups of wanted rows where no expert fuses modalities."""
-        if self.cls_only:
-            return (("language" if self.num_text else "vision", self.num_sequences),)
-        counts = (("language", self.num_text), ("vision", self.num_image))
-        return tuple((name, self.num_sequences * count) for name, count in counts if count)
-
-    @property
-    def fusion_groups(self) -> Groups:
-        """Groups of wanted rows where the vision-language expert takes them all."""
-        return (("vl", sum(count for _, count in self.modality_groups)),)
-
-    def keep(self, x: Tensor) -> Tensor:
-        """The wanted rows of x, (N, ...) -> (M, ...)."""
-        if not self.cls_only:
-            return x
-        tokens = self.num_text or self.num_image
-        return x[: self.num_sequences * tokens].unflatten(0, (self.num_sequences, tokens))[:, 0]
-
-    def per_row(self, values: Tensor) -> Tensor:
-        """Values of each sequence's text and image, (B, 2), as one of each wanted row, (M,)."""
-        text, image = values.unbind(dim=1)
-        if self.cls_only:
-            return text if self.num_text else image
-        return torch.cat([text.repeat_interleave(self.num_text), image.repeat_interleave(self.num_image)])
-
-    def padded(self, x: Tensor) -> Tensor:
-        """Wanted rows (M, ...) by sequence, text before image: (B, S, ...); (B, 1, ...) with `cls_only`."""
-        if self.cls_only:
-            return x[:, None]
-        num_text_rows = self.num_sequences * self.num_text
-        parts = [
-            part.unflatten(0, (self.num_sequences, count))
-            for part, count in ((x[:num_text_rows], self.num_text), (x[num_text_rows:], self.num_image))
-            if count
-        ]
-        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
-
-    def attend(
-        self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, backends: Mapping[str, str]
-    ) -> Tensor:
-        """Attention within sequences.
-
-        Args:
-            query: (M, heads, d), of the wanted rows.
-            key: (N, heads, d).
-            value: (N, heads, d).
-            bias: (heads, S, S), or None.
-            backends: for "attention", "auto" or one of its implementations.
-
-        Returns:
-            (M, heads, d).
-        """
-        everything = replace(self, cls_only=False)
-        if bias is not None and self.cls_only:
-            bias = bias[:, :1]
-        query = self.padded(query).transpose(1, 2)  # (B, heads, S, d)
-        key, value = (everything.padded(x).transpose(1, 2) for x in (key, value))
-        attended = ops.attention(query, key, value, bias, self.key_mask, backend=backends["attention"]).transpose(1, 2)
-        if self.cls_only:
-            return attended[:, 0]
-        if not self.num_text or not self.num_image:
-            return attended.flatten(0, 1)
-        text, image = attended.split([self.num_text, self.num_image], dim=1)
-        return torch.cat([text.flatten(0, 1), image.flatten(0, 1)])
-
-
-class AttentionPart(NamedTuple):
-    """Sequences on adjacent rows that attend in one call.
-
-    Attributes:
-        first_row: where their rows begin.
-        num_rows: how many rows they have.
-        num_kept: how many of these are wanted.
-        cls_only: whether the wanted rows are the sequences' first tokens.
-        segments: (B, 2, 3) int32, of each sequence its text and its image: first row (counted from `first_row`),
-            length (0 where it has none) and first row of the bias matrix.
-        host_segments: the same on the CPU.
-        max_length: tokens of the longest sequence.
-    """
-
-    first_row: int
-    num_rows: int
-    num_kept: int
-    cls_only: bool
-    segments: Tensor
-    host_segments: Tensor
-    max_length: int
-
-
-@dataclass(frozen=True)
-class LayerRows:
-    """The rows of one layer.
-
-    Attributes:
-        modality_groups: expert and number of wanted rows of each group, in order, where no expert fuses modalities.
-        fusion_groups: the same for the fusion layers.
-        parts: how attention is called.
-        kept: (M,) int64, the wanted rows; None where all are.
-        segment: (M,) int64, of each wanted row twice the number of its sequence, plus 1 where it is an image's.
-        num_sequences: B.
-    """
-
-    modality_groups: Groups
-    fusion_groups: Groups
-    parts: tuple[AttentionPart, ...]
-    kept: Tensor | None
-    segment: Tensor
-    num_sequences: int
-
-    @property
-    def keeps_all(self) -> bool:
-        """Whether all rows are wanted."""
-        return self.kept is None
-
-    def keep(self, x: Tensor) -> Tensor:
-        """The wanted rows of x, (N, ...) -> (M, ...)."""
-        return x if self.kept is None else x[self.kept]
-
-    def per_row(self, values: Tensor) -> Tensor:
-        """Values of each sequence's text and image, (B, 2), as one of each wanted row, (M,)."""
-        return values.flatten()[self.segment]
-
-    def attend(
-        self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, backends: Mapping[str, str]
-    ) -> Tensor:
-        """Attention within sequences.
-
-        Args:
-            query: (M, heads, d), of the wanted rows.
-            key: (N, heads, d).
-            value: (N, heads, d).
-            bias: (heads, R, R), or None.
-            backends: for "packed_attention", "auto" or one of its implementations.
-
-        Returns:
-            (M, heads, d).
-        """
-        attended = []
-        for part, rows in zip(self.parts, query.split([part.num_kept for part in self.parts]), strict=True):
-            keys = slice(part.first_row, part.first_row + part.num_rows)
-            attended.append(
-                ops.packed_attention(
-                    rows,
-                    key[keys],
-                    value[keys],
-                    part.segments,
-                    bias,
-                    host_segments=part.host_segments,
-                    max_length=part.max_length,
-                    cls_only=part.cls_only,
-                    backend=backends["packed_attention"],
-                )
-            )
-        return attended[0] if len(attended) == 1 else torch.cat(attended)
 
 
 @dataclass(frozen=True)
@@ -240,11 +58,11 @@ class PackedLayout:
         branch_rows: (N,) int64, the lower row that each row of the fusion layers starts from; None where it is that
             very row.
         upper: rows of the fusion layers.
-        last: rows of the last layer, of which only those asked for are wanted.
-        starts: first wanted row of each sequence's text and image, (B, 2) int64 on the CPU; by kind, and within a kind
+        last: rows of the last layer, which puts out those asked for alone.
+        starts: first output row of each sequence's text and image, (B, 2) int64 on the CPU; by kind, and within a kind
             in the caller's order.
-        lengths: how many text and image rows of each sequence are wanted, (B, 2) int64 on the CPU.
-        cls_rows: (B,) int64, the wanted row of each sequence's first token, in the same order.
+        lengths: how many text and image rows of each sequence are put out, (B, 2) int64 on the CPU.
+        cls_rows: (B,) int64, the output row of each sequence's first token, in the same order.
     """
 
     num_texts: int
@@ -265,6 +83,19 @@ class PackedLayout:
     cls_rows: Tensor
 
     @property
+    def fuses(self) -> bool:
+        """Whether the fusion layers take the groups of fusion: those of each kind of sequence."""
+        return True
+
+    def place_texts(self, input_ids: Tensor) -> tuple[Tensor, Tensor | None]:
+        """See `Plan`: of (texts, T) ids those of the rows, (N_text,)."""
+        return input_ids[self.text_index, self.text_position], self.text_position
+
+    def place_images(self, tokens: Tensor) -> Tensor:
+        """See `Plan`."""
+        return tokens if self.image_rows is None else tokens[self.image_rows]
+
+    @property
     def kinds(self) -> tuple[Kind, ...]:
         """The kinds of which there are sequences."""
         return tuple(kind for kind, count in zip(KINDS, self.num_sequences, strict=True) if count)
@@ -276,11 +107,11 @@ class PackedLayout:
         return slice(before, before + self.num_sequences[place])
 
     def first_tokens(self, hidden: Tensor, kind: str) -> Tensor:
-        """The first token of each sequence of a kind, (M, D) wanted rows -> (B_kind, D), in the caller's order."""
+        """The first token of each sequence of a kind, (M, D) output rows -> (B_kind, D), in the caller's order."""
         return hidden[self.cls_rows[self.of_kind(kind)]]
 
     def token_rows(self, kind: str, sequences: Tensor, positions: Tensor) -> Tensor:
-        """Wanted rows of single text tokens of a kind whose tokens were all asked for.
+        """Output rows of single text tokens of a kind whose tokens were all asked for.
 
         Args:
             kind: "text", "vl_text" or "pair".
@@ -293,10 +124,10 @@ class PackedLayout:
         return self.cls_rows[self.of_kind(kind)][sequences] + positions
 
     def unpack(self, hidden: Tensor, kind: str) -> tuple[Tensor, ...]:
-        """The wanted tokens of each sequence of a kind, text before image, in the caller's order.
+        """The output tokens of each sequence of a kind, text before image, in the caller's order.
 
         Args:
-            hidden: (M, D), the last layer's wanted rows.
+            hidden: (M, D), the last layer's output rows.
             kind: one of `KINDS`.
 
         Returns:
@@ -423,6 +254,39 @@ def pack(
     return layout if torch.device(device).type == "cpu" else _to_device(layout, torch.device(device))
 
 
+def pack_padded(
+    attention_mask: Tensor | None, windows: tuple[int, ...], *, vl_branch: bool, device: torch.device
+) -> PackedLayout | None:
+    """The plan of a padded batch whose first tokens alone are asked for, without its padding.
+
+    Args:
+        attention_mask: (B, T), or None.
+        windows: patches along a side of the images, or none for texts alone.
+        vl_branch: as for `pack`.
+        device: where the model is.
+
+    Returns:
+        None where there is nothing to gain: the mask cannot be looked at for free, no text is padded, or not all
+        padding is at the ends.
+    """
+    if attention_mask is None or not values_are_visible(attention_mask):
+        return None
+    real = attention_mask != 0
+    lengths = real.sum(dim=1)
+    is_prefix = torch.equal(real, torch.arange(real.shape[1]) < lengths[:, None])
+    if not is_prefix or int(lengths.min()) == real.shape[1]:
+        return None
+    numbers = torch.arange(len(lengths))
+    return pack(
+        lengths,
+        [window for window in windows for _ in numbers],
+        texts=None if windows else numbers,
+        pairs=numbers[:, None].expand(-1, 2) if windows else None,
+        vl_branch=vl_branch,
+        device=device,
+    )
+
+
 def _layer(kind: Tensor, lengths: Tensor, wanted: Tensor, bias_rows: Tensor, all_tokens: Collection[str]) -> LayerRows:
     """The rows of a layer from its sequences, in the order of their rows: all arguments but the last (B,) or (B, 2)."""
     sequences_of = torch.bincount(kind, minlength=len(KINDS)).tolist()
@@ -450,7 +314,7 @@ def _layer(kind: Tensor, lengths: Tensor, wanted: Tensor, bias_rows: Tensor, all
         fused[name] = fused.get(name, 0) + count
     num_text, num_image = wanted.sum(dim=0).tolist()
     return LayerRows(
-        modality_groups=_present({"language": num_text, "vision": num_image}),
+        modality_groups=_present(dict(zip(MODALITIES, (num_text, num_image), strict=True))),
         fusion_groups=_present(fused),
         parts=tuple(parts),
         kept=None if torch.equal(lengths, wanted) else _expand(starts, wanted),

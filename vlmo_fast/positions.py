@@ -18,7 +18,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from vlmo_fast.watch import is_plain, values_are_visible, watched_from_now_on
+
 __all__ = [
+    "KeptBiases",
     "LayerBiases",
     "RelativePositionBias",
     "num_relative_positions",
@@ -28,6 +31,7 @@ __all__ = [
 ]
 
 ALL_LAYERS_BYTES = 256 << 20
+NUM_KEPT = 4  # shapes
 
 
 def num_relative_positions(window_size: int, text_span: int) -> int:
@@ -91,6 +95,7 @@ def _set_cls(index: Tensor, *, cls_to_token: int, token_to_cls: int, cls_to_cls:
     return torch.where(first[:, None] & first[None, :], cls_to_cls, index)
 
 
+@watched_from_now_on
 class RelativePositionBias(nn.Module):
     """The learned bias table of all layers and its gather.
 
@@ -166,6 +171,39 @@ class LayerBiases:
             joint[:, :, rows[:, None], rows] = bias
             end += bias.shape[-1] - self._num_text
         return joint
+
+
+class KeptBiases:
+    """Biases of the last few shapes, for as long as the table holds the same numbers, which each call compares.
+
+    In evaluation without gradients on a CPU, where gathering takes longer than comparing. Elsewhere they are gathered
+    anew, a CUDA graph's among them, which replays that. Threads may share it: what is kept is replaced whole.
+    """
+
+    def __init__(self) -> None:
+        self._kept: tuple[Tensor, tuple[tuple[tuple[int, tuple[int, ...]], LayerBiases], ...]] | None = None
+
+    def __call__(self, module: RelativePositionBias, num_text_tokens: int, windows: tuple[int, ...]) -> LayerBiases:
+        """What the module returns."""
+        key = num_text_tokens, windows
+        if module.training or torch.is_grad_enabled() or not is_plain(module, RelativePositionBias):
+            return module(*key)
+        table = module.table.detach()
+        if not values_are_visible(table):
+            return module(*key)
+        old, kept = self._kept or (None, ())
+        if old is None or old.dtype != table.dtype or not torch.equal(old, table):
+            old, kept = table.clone(), ()
+        for shape, found in kept:
+            if shape == key:
+                return found
+        biases: LayerBiases = module(*key)
+        self._kept = old, (*kept[1 - NUM_KEPT :], (key, biases))
+        return biases
+
+    def __getstate__(self) -> dict[str, None]:
+        """Copies and files keep nothing."""
+        return {"_kept": None}
 
 
 def resize_relative_bias_table(table: Tensor, window_size: int, new_window_size: int) -> Tensor:

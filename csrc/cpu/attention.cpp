@@ -16,13 +16,14 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-constexpr double kWorkOfThread = 1 << 17;  // products for which another thread is worth its start
+constexpr double kWorkOfThread = 1 << 17;  // multiplications below which starting another thread does not pay
 
 void check(const Tensor& tensor, const char* name, ScalarType dtype, int64_t dim) {
-  STD_TORCH_CHECK(tensor.scalar_type() == dtype, "attention: ", name, " has another dtype than the kernel");
-  STD_TORCH_CHECK(tensor.dim() == dim, "attention: ", name, " has another number of dimensions");
+  STD_TORCH_CHECK(tensor.scalar_type() == dtype, "attention: ", name, " must be of dtype ", toString(dtype), ", got ",
+                  toString(tensor.scalar_type()));
+  STD_TORCH_CHECK(tensor.dim() == dim, "attention: ", name, " must have ", dim, " dimensions, got ", tensor.dim());
   const bool dense = dim == 0 || tensor.size(dim - 1) < 2 || tensor.stride(dim - 1) == 1;
-  STD_TORCH_CHECK(dense, "attention: ", name, " must have its last dimension side by side");
+  STD_TORCH_CHECK(dense, "attention: ", name, " must have a contiguous last dimension");
 }
 
 Tokens tokens_of(const int32_t* row) {
@@ -32,8 +33,8 @@ Tokens tokens_of(const int32_t* row) {
 // Two tables of the same sequences, (B, 2, 3): they were checked against rows and bias where the op was called.
 std::vector<Sequence> sequences_of(const Tensor& queries, const Tensor& keys, const std::optional<Tensor>& mask) {
   for (const Tensor* table : {&queries, &keys}) {
-    check(*table, "a table", ScalarType::Int, 3);
-    STD_TORCH_CHECK(table->is_contiguous(), "attention: tables must be contiguous");
+    check(*table, "segments", ScalarType::Int, 3);
+    STD_TORCH_CHECK(table->is_contiguous(), "attention: segments must be contiguous");
   }
   if (mask) {
     check(*mask, "key_mask", ScalarType::Bool, 2);
@@ -55,7 +56,7 @@ int64_t longest_of(const std::vector<Sequence>& sequences) {
   return longest;
 }
 
-// A tensor (rows, H, d) or (H, rows, d), as its heads. Made before threads start: a look for its memory may move it.
+// A tensor (rows, H, d) or (H, rows, d), as its heads. Made before threads start: data_ptr() may copy a lazy clone.
 struct Heads {
   float* data = nullptr;
   int64_t head = 0, row = 0;  // strides

@@ -24,7 +24,7 @@ struct Sequence {
   const bool* mask;  // of the keys: false for those that no query sees; or null
 };
 
-// Rows of one head: row r begins at data + r * stride, its numbers lie side by side.
+// Rows of one head: row r begins at data + r * stride and is contiguous.
 struct Rows {
   const float* data;
   int64_t stride;
@@ -58,7 +58,7 @@ struct Gradients {
 };
 
 struct Kernels {
-  // Numbers of float32 that a call may use, for sequences of up to `length` keys.
+  // Size in floats of the scratch memory that a call needs, for sequences of up to `length` keys.
   int64_t (*room)(int64_t length, int64_t width);
   void (*forward)(const Head& head, const Sequence& sequence, MutableRows out, Stats stats, float* room);
   void (*backward)(const Head& head, const Sequence& sequence, Stats stats, const Gradients& gradients, float* room);

@@ -37,7 +37,7 @@ const Capability& capability() { return *chosen().load(); }
 
 }  // namespace vlmo_fast
 
-// For the tests.
+// For `vlmo_fast.extensions`, which holds the choice back to torch's own, and for the tests.
 #define VLMO_FAST_EXPORT extern "C" __attribute__((visibility("default")))
 
 VLMO_FAST_EXPORT const char* vlmo_fast_cpu_capability() { return vlmo_fast::capability().name; }

@@ -17,13 +17,16 @@ using torch::stable::Tensor;
 using torch::headeronly::ScalarType;
 
 void check(const Tensor& tensor, const char* name, ScalarType dtype, int64_t dim) {
-  STD_TORCH_CHECK(tensor.scalar_type() == dtype, "similarity: ", name, " has another dtype than the kernel");
-  STD_TORCH_CHECK(tensor.dim() == dim && tensor.is_contiguous(), "similarity: ", name, " must be contiguous");
+  STD_TORCH_CHECK(tensor.scalar_type() == dtype, "similarity: ", name, " must be of dtype ", toString(dtype), ", got ",
+                  toString(tensor.scalar_type()));
+  STD_TORCH_CHECK(tensor.dim() == dim, "similarity: ", name, " must have ", dim, " dimensions, got ", tensor.dim());
+  STD_TORCH_CHECK(tensor.is_contiguous(), "similarity: ", name, " must be contiguous");
 }
 
 void check_vector(const Tensor& tensor, const char* name, ScalarType dtype, int64_t size) {
   check(tensor, name, dtype, 1);
-  STD_TORCH_CHECK(tensor.size(0) == size, "similarity: ", name, " has the wrong length");
+  STD_TORCH_CHECK(tensor.size(0) == size, "similarity: ", name, " must have ", size, " elements, got ",
+                  tensor.size(0));
 }
 
 Excluded excluded_of(const std::optional<Tensor>& row_ids, const std::optional<Tensor>& column_ids,
@@ -84,7 +87,7 @@ void similarity_gradient_(Tensor block, Tensor out, std::optional<Tensor> row_id
   check(block, "block", ScalarType::Float, 2);
   check(out, "out", ScalarType::Float, 2);
   const int64_t rows = block.size(0), columns = block.size(1);
-  STD_TORCH_CHECK(out.size(0) == rows && out.size(1) == columns, "similarity: out has another shape than block");
+  STD_TORCH_CHECK(out.size(0) == rows && out.size(1) == columns, "similarity: out must have the shape of block");
   check_vector(row_lse, "row_lse", ScalarType::Float, rows);
   check_vector(row_weight, "row_weight", ScalarType::Float, rows);
   check_vector(column_lse, "column_lse", ScalarType::Float, columns);

@@ -132,13 +132,16 @@ __global__ void _similarity_block_gradient_kernel(const float* block, Problem p,
 // Ops
 
 void check(const Tensor& tensor, const char* name, ScalarType dtype, int64_t dim) {
-  STD_TORCH_CHECK(tensor.scalar_type() == dtype, "similarity: ", name, " has another dtype than the kernel");
-  STD_TORCH_CHECK(tensor.dim() == dim && tensor.is_contiguous(), "similarity: ", name, " must be contiguous");
+  STD_TORCH_CHECK(tensor.scalar_type() == dtype, "similarity: ", name, " must be of dtype ", toString(dtype), ", got ",
+                  toString(tensor.scalar_type()));
+  STD_TORCH_CHECK(tensor.dim() == dim, "similarity: ", name, " must have ", dim, " dimensions, got ", tensor.dim());
+  STD_TORCH_CHECK(tensor.is_contiguous(), "similarity: ", name, " must be contiguous");
 }
 
 void check_vector(const Tensor& tensor, const char* name, ScalarType dtype, int64_t size) {
   check(tensor, name, dtype, 1);
-  STD_TORCH_CHECK(tensor.size(0) == size, "similarity: ", name, " has the wrong length");
+  STD_TORCH_CHECK(tensor.size(0) == size, "similarity: ", name, " must have ", size, " elements, got ",
+                  tensor.size(0));
 }
 
 template <class T>
@@ -161,7 +164,8 @@ int parts(int64_t size, int64_t part) { return static_cast<int>((size + part - 1
 Problem problem_of(int64_t rows, int64_t columns, const Tensor* logit_scale, const std::optional<Tensor>& row_ids,
                    const std::optional<Tensor>& column_ids, std::optional<int64_t> diagonal) {
   STD_TORCH_CHECK(rows > 0 && rows < (1 << 30) && columns > 0 && columns < (1 << 23) * int64_t(128) / 129,
-                  "similarity: too many rows or columns");
+                  "similarity: a block must have fewer than 2^30 rows and 8323580 columns, and not none, got ", rows, " and ",
+                  columns);
   Problem p{static_cast<int>(rows), static_cast<int>(columns), nullptr, nullptr, nullptr, kNoDiagonal};
   if (logit_scale) {
     check(*logit_scale, "logit_scale", ScalarType::Float, 0);
@@ -181,15 +185,17 @@ void check_operands(const Tensor& rows, const Tensor& columns, int64_t arch) {
   check(rows, "rows", columns.scalar_type(), 2);
   check(columns, "columns", rows.scalar_type(), 2);
   STD_TORCH_CHECK(rows.scalar_type() == ScalarType::BFloat16 || rows.scalar_type() == ScalarType::Half,
-                  "similarity: the tile kernels take bfloat16 and float16");
+                  "similarity: rows must be of dtype BFloat16 or Half, got ", toString(rows.scalar_type()));
   STD_TORCH_CHECK(rows.size(1) == columns.size(1) && rows.size(1) % 8 == 0,
-                  "similarity: the width must be the same multiple of 8");
+                  "similarity: rows and columns must be of the same width, a multiple of 8, got ", rows.size(1), " and ",
+                  columns.size(1));
   STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(rows.data_ptr()) % 16 == 0 &&
                       reinterpret_cast<uintptr_t>(columns.data_ptr()) % 16 == 0,
                   "similarity: rows and columns must be aligned to 16 bytes");
   int major = 0;
   check_status(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, rows.get_device_index()));
-  STD_TORCH_CHECK(arch == 80 ? major >= 8 : (arch == 90 && major == 9), "similarity: no kernel ", arch, " on this device");
+  STD_TORCH_CHECK(arch == 80 ? major >= 8 : (arch == 90 && major == 9),
+                  "similarity: arch must be 80 (compute capability 8 or later) or 90 (9), got ", arch, " on ", major);
 }
 
 void similarity_tile_sums_(Tensor rows, Tensor columns, Tensor logit_scale, std::optional<Tensor> row_ids,
@@ -280,7 +286,7 @@ void similarity_gradient_(Tensor block, Tensor out, std::optional<Tensor> row_id
   check(block, "block", ScalarType::Float, 2);
   check(out, "out", ScalarType::Float, 2);
   const Problem p = problem_of(block.size(0), block.size(1), nullptr, row_ids, column_ids, diagonal);
-  STD_TORCH_CHECK(p.rows < 65536, "similarity: too many rows in a block");
+  STD_TORCH_CHECK(p.rows < 65536, "similarity: block must have fewer than 65536 rows, got ", p.rows);
   const auto gradient = gradient_of<float>(out, p, row_lse, row_weight, column_lse, column_weight);
   const dim3 grid(parts(p.columns, kBlock), p.rows);
   _similarity_block_gradient_kernel<<<grid, kBlock, 0, current_stream(block)>>>(pointer<float>(block), p, gradient);

@@ -67,7 +67,11 @@ def run(recipe: Recipe, output_dir: Path, *, split: Split = "test") -> DemoResul
         scene_questions=evaluate.evaluate_scene_questions(network, control, data, split),
         statements=evaluate.evaluate_statements(network, data, split),
         history=history,
-        backends=[tuple(choice) for choice in ops.explain()],
+        backends=[
+            (choice.op, choice.device, choice.dtype, choice.implementation, choice.reason)
+            for choice in ops.explain()
+            if choice.rank == 1
+        ],
         attribution=[ATTRIBUTION, "Questions and pictures of easy-VQA: Victor Zhou, package easy-vqa, MIT licence."],
         total_seconds=time.perf_counter() - began,
     )

@@ -438,6 +438,42 @@ def make_network(recipe: Recipe, data: DemoData) -> DemoNetwork:
     return network
 
 
+def orthogonalize(matrix: Tensor) -> Tensor:
+    """The polar factor U V^T of a matrix U S V^T, roughly: its singular values are drawn to 0.7 to 1.2, tiny ones less.
+
+    Five steps of the quintic Newton-Schulz iteration of `torch.optim.Muon`. That takes bfloat16 everywhere, which a
+    processor without instructions for it emulates, in twenty times the time of float32; and with them these small
+    matrices gain nothing (docs/log.md). So on a CPU it is float32.
+    """
+    x = matrix.float() if matrix.device.type == "cpu" else matrix.bfloat16()
+    x = x.t() if x.shape[0] > x.shape[1] else x
+    x = x / x.norm().clamp(min=1e-7)
+    for _ in range(5):
+        gram = x @ x.t()
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=-4.775, alpha=2.0315), x, beta=3.4445)
+    return x.t() if matrix.shape[0] > matrix.shape[1] else x
+
+
+class Muon(torch.optim.Optimizer):
+    """`torch.optim.Muon` with momentum 0.95, but for `orthogonalize`."""
+
+    def __init__(self, matrices: Sequence[Tensor], lr: float, weight_decay: float) -> None:
+        super().__init__(matrices, {"lr": lr, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """One step: momentum, looked ahead along, orthogonalised."""
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                momentum = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p.grad))
+                momentum.lerp_(p.grad, 1 - 0.95)
+                update = orthogonalize(p.grad.lerp(momentum, 0.95))
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                p.add_(update, alpha=-group["lr"] * math.sqrt(max(1, p.shape[0] / p.shape[1])))
+
+
 class MuonAdamW(torch.optim.Optimizer):
     """Muon for the matrices of the blocks and the projections of the patches, AdamW for the rest, as one optimiser.
 
@@ -459,7 +495,7 @@ class MuonAdamW(torch.optim.Optimizer):
         ]
         self.optimizers: tuple[torch.optim.Optimizer, ...] = (
             *(
-                torch.optim.Muon(parameters, lr=rate, momentum=0.95, weight_decay=recipe.weight_decay)
+                Muon(parameters, lr=rate, weight_decay=recipe.weight_decay)
                 for parameters, rate in (
                     (matrices[::2], recipe.muon_learning_rate),
                     (matrices[1::2], recipe.muon_learning_rate),
@@ -534,10 +570,11 @@ def two_threads() -> Iterator[Executor]:
     (docs/log.md). That takes threads that give way to each other at once: Python lets them wait for 5 ms.
     """
     num_cores, interval = torch.get_num_threads(), sys.getswitchinterval()
-    torch.set_num_threads(max(1, num_cores // 2))
+    share = max(1, num_cores // 2)
+    torch.set_num_threads(share)
     sys.setswitchinterval(2e-5)
     try:
-        with ThreadPoolExecutor(2) as threads:
+        with ThreadPoolExecutor(2, initializer=torch.set_num_threads, initargs=(share,)) as threads:  # MKL asks each
             yield threads
     finally:
         sys.setswitchinterval(interval)

@@ -3,7 +3,7 @@
 Such a function takes padded sequences and one mask that is added to the scores. As in transformers' BEiT, relative
 positions and padding are summed in it, so a function that reads no mask, or one for all heads, cannot compute VLMo.
 
-Shape suffixes: B sequences, S tokens of the longest, N rows, M wanted rows.
+Shape suffixes: B sequences, S tokens of the longest, N rows, M output rows.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
-from vlmo_fast.model import Attention
-from vlmo_fast.packing import LayerRows, PaddedRows
+from vlmo_fast.block import Attention
+from vlmo_fast.rows import Groups, LayerRows, PaddedRows, Rows
 
 __all__ = ["AttentionFunction", "attend_by"]
 
@@ -42,9 +42,9 @@ def _hand_over(function: AttentionFunction, module: nn.Module, arguments: tuple[
 
 @dataclass(frozen=True)
 class _Rows:
-    """What `Attention` asks of its rows."""
+    """Rows that attend by a function of transformers."""
 
-    rows: PaddedRows | LayerRows
+    rows: Rows
     module: nn.Module
     function: AttentionFunction
 
@@ -55,6 +55,21 @@ class _Rows:
     def keep(self, x: Tensor) -> Tensor:
         return self.rows.keep(x)
 
+    @property
+    def num_sequences(self) -> int:
+        return self.rows.num_sequences
+
+    @property
+    def modality_groups(self) -> Groups:
+        return self.rows.modality_groups
+
+    @property
+    def fusion_groups(self) -> Groups:
+        return self.rows.fusion_groups
+
+    def per_segment(self, values: Tensor) -> Tensor:
+        return self.rows.per_segment(values)
+
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, backends: Mapping[str, str]
     ) -> Tensor:
@@ -64,6 +79,7 @@ class _Rows:
             index = replace(rows, cls_only=False).padded(torch.arange(len(key), device=key.device))  # (B, S)
             biases = None if bias is None else bias[None]
             return self._call(query, key, value, index, biases, rows.key_mask, rows.cls_only)
+        assert isinstance(rows, LayerRows)
         attended = []
         for part, queries in zip(rows.parts, query.split([part.num_kept for part in rows.parts]), strict=True):
             keys = slice(part.first_row, part.first_row + part.num_rows)

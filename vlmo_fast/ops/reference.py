@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-if TYPE_CHECKING:
-    from vlmo_fast.ops._ffn import ExpertWeights
+from vlmo_fast.ops.types import ExpertWeights
 
 __all__ = [
     "attention",
@@ -78,12 +76,12 @@ def packed_attention(
     owned, results = [torch.empty(0, dtype=torch.int64)], [query[:0]]
     for sequence, parts in enumerate(segments.tolist()):
         rows = torch.cat([torch.arange(row, row + length) for row, length, _ in parts])  # (S,)
-        places = torch.cat([torch.arange(place, place + length) for _, length, place in parts])  # (S,) rows of bias
+        bias_rows = torch.cat([torch.arange(first, first + length) for _, length, first in parts])  # (S,)
         num_queries = min(1, len(rows)) if cls_only else len(rows)
         query_rows = torch.tensor([sequence] * num_queries, dtype=torch.int64) if cls_only else rows
         scores = torch.einsum("qhd,khd->hqk", query[query_rows].to(compute_dtype) * scale, key[rows].to(compute_dtype))
         if bias is not None:
-            scores = scores + bias[:, places[:num_queries]][:, :, places]
+            scores = scores + bias[:, bias_rows[:num_queries]][:, :, bias_rows]
         weights = scores.softmax(dim=-1).to(value.dtype)  # (H, queries, S)
         owned.append(query_rows)
         results.append(torch.einsum("hqk,khd->qhd", weights, value[rows]))

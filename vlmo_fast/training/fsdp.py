@@ -8,7 +8,8 @@ from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
-from vlmo_fast.model import MoMEBlock, MoMETransformer
+from vlmo_fast.block import MoMEBlock
+from vlmo_fast.model import MoMETransformer
 
 __all__ = ["shard"]
 

@@ -8,10 +8,10 @@ from torch.nn import functional as F
 from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.utils import can_return_tuple
 
+from vlmo_fast.embeddings import IMAGE_TYPE
 from vlmo_fast.hf.configuration import VLMoConfig
 from vlmo_fast.hf.modeling.base import VLMoPreTrainedModel
 from vlmo_fast.hf.modeling.heads import PairClassifier
-from vlmo_fast.model import IMAGE_TYPE
 
 __all__ = ["VLMoForImagesAndTextClassification"]
 

@@ -1,4 +1,4 @@
-"""The CPU library's attention (csrc/cpu/attention.cpp), which packed and padded batches share. float32."""
+"""Attention in C++ (csrc/cpu/attention.cpp), float32: for padded batches, and the calls that packed ones share."""
 
 from __future__ import annotations
 
@@ -6,35 +6,69 @@ import torch
 from torch import Tensor
 
 from vlmo_fast import extensions
+from vlmo_fast.ops.padded import AttentionBackend, empty_rows, rows
 
-__all__ = ["backward", "first_tokens", "forward"]
-
-# They write into `out` and `stats`, or into the gradients; `d_bias` must be zeros.
-torch.library.define(
-    "vlmo_fast::attention_cpu_",
-    "(Tensor query, Tensor key, Tensor value, Tensor queries, Tensor keys, Tensor? bias, Tensor? key_mask, "
-    "float scale, Tensor(a!) out, Tensor(b!) stats) -> ()",
-)
-torch.library.define(
-    "vlmo_fast::attention_backward_cpu_",
-    "(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor queries, Tensor keys, Tensor? bias, "
-    "Tensor? key_mask, float scale, Tensor stats, Tensor(a!) d_query, Tensor(b!) d_key, Tensor(c!) d_value, "
-    "Tensor(d!)? d_bias) -> ()",
-)
+__all__ = ["BACKEND", "backward", "forward", "saved"]
 
 
-def first_tokens(segments: Tensor) -> Tensor:
-    """The table of the sequences' first tokens where sequence i has the query i, (B, 2, 3) int32.
+class _Cpu(AttentionBackend):
+    """A padded batch is one whose sequences lie one after the other."""
 
-    Args:
-        segments: (B, 2, 3) int32, of all their tokens, as `ops.packed_attention` has them.
-    """
-    text, image = segments.unbind(1)
-    place = torch.where(text[:, 1] > 0, text[:, 2], image[:, 2])
-    lengths = (text[:, 1] + image[:, 1]).clamp(max=1)
-    table = torch.zeros_like(segments)
-    table[:, 0] = torch.stack([torch.arange(len(table), dtype=torch.int32, device="cpu"), lengths, place], dim=1)
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        bias: Tensor | None,
+        key_mask: Tensor | None,
+        scale: float,
+    ) -> tuple[Tensor, Tensor]:
+        q, k, v = (rows(x) for x in (query, key, value))
+        out = empty_rows(query)
+        stats = forward(q, k, v, _table(query), _table(key), bias, key_mask, scale, rows(out))
+        return out, stats
+
+    def saved(self, query: Tensor, key: Tensor) -> Tensor:
+        number, heads, length, _width = query.shape
+        return saved(query, heads, number * length)
+
+    def backward(
+        self,
+        grad: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        bias: Tensor | None,
+        key_mask: Tensor | None,
+        saved: Tensor,
+        scale: float,
+        bias_grad: bool,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        go, q, k, v = (rows(x) for x in (grad, query, key, value))
+        d_query, d_key, d_value = (empty_rows(x) for x in (query, key, value))
+        d_bias = backward(
+            *(go, q, k, v, _table(query), _table(key), bias, key_mask, scale, saved),
+            gradients=(rows(d_query), rows(d_key), rows(d_value)),
+            bias_grad=bias_grad,
+        )
+        return d_query, d_key, d_value, d_bias
+
+
+BACKEND = _Cpu()
+
+
+def _table(x: Tensor) -> Tensor:
+    """Of each of the B sequences of (B, H, S, d) its rows: (B, 2, 3) int32."""
+    number, length = x.shape[0], x.shape[2]
+    table = x.new_zeros(number, 2, 3, dtype=torch.int32)
+    table[:, 0, 0] = torch.arange(number, dtype=torch.int32, device=x.device) * length
+    table[:, 0, 1] = length
     return table
+
+
+def saved(like: Tensor, heads: int, num_queries: int) -> Tensor:
+    """The shape of what `forward` returns."""
+    return like.new_empty(2, heads, num_queries)
 
 
 def forward(
@@ -65,7 +99,7 @@ def forward(
         (2, H, N_q) float32, of each query the largest score and the sum of exp(score - largest), for `backward`.
     """
     extensions.load("cpu")
-    stats = query.new_empty(2, query.shape[1], len(query))
+    stats = saved(query, query.shape[1], len(query))
     torch.ops.vlmo_fast.attention_cpu_(
         *(_dense(query), _dense(key), _dense(value), queries.contiguous(), keys.contiguous(), _float(bias)),
         *(None if key_mask is None else key_mask.contiguous(), scale, out, stats),

@@ -21,7 +21,7 @@ def sdpa(
     """`ops.attention` on torch's scaled_dot_product_attention; arguments as there."""
     mask, width = _mask(query, bias, key_mask), value.shape[-1]
     if mask is not None and query.device.type != "cpu":
-        query, key, value = (_whole_lanes(x) for x in (query, key, value))
+        query, key, value = (_pad_lanes(x) for x in (query, key, value))
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)[..., :width]
 
 
@@ -35,8 +35,8 @@ def xformers(
     if mask is not None:
         if mask.dtype == torch.bool:
             mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, float("-inf"))
-        mask = _whole_lanes(mask.contiguous()).expand(*query.shape[:3], -1)[..., :num_keys]  # (B, heads, S_q, S_k)
-    swapped = (_whole_lanes(x).transpose(1, 2) for x in (query, key, value))  # (B, S, heads, d) each
+        mask = _pad_lanes(mask.contiguous()).expand(*query.shape[:3], -1)[..., :num_keys]  # (B, heads, S_q, S_k)
+    swapped = (_pad_lanes(x).transpose(1, 2) for x in (query, key, value))  # (B, S, heads, d) each
     output: Tensor = memory_efficient_attention(*swapped, attn_bias=mask, scale=scale)
     return output.transpose(1, 2)[..., :width]
 
@@ -50,7 +50,7 @@ def _mask(query: Tensor, bias: Tensor | None, key_mask: Tensor | None) -> Tensor
     return bias if visible is None else bias.masked_fill(~visible, float("-inf"))
 
 
-def _whole_lanes(x: Tensor) -> Tensor:
+def _pad_lanes(x: Tensor) -> Tensor:
     """The tensor with zeros appended along its last dimension, up to a multiple of 8."""
     missing = -x.shape[-1] % 8
     return F.pad(x, (0, missing)) if missing else x

@@ -8,14 +8,17 @@ import torch
 from torch import Tensor
 
 from vlmo_fast.distributed import Ranks, gather
-from vlmo_fast.ops import _contrastive, _similarity, reference
-from vlmo_fast.ops._similarity import Excluded
-from vlmo_fast.ops.dispatch import select
+from vlmo_fast.ops import reference
+from vlmo_fast.ops.dispatch import load, select
+from vlmo_fast.ops.pairs.blocks import blocks, matmul_operand, require, require_finite, similarities
+from vlmo_fast.ops.pairs.checks import check_embeddings, check_sizes, problem_of
+from vlmo_fast.ops.pairs.lse import accumulation_dtype
+from vlmo_fast.ops.types import PairMask
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-__all__ = ["HardNegatives", "sample_hard_negatives"]
+__all__ = ["HardNegatives", "draw", "draw_eagerly", "sample_hard_negatives"]
 
 TILE = 256  # columns whose weights are summed before one of the sums is chosen
 
@@ -78,42 +81,50 @@ def sample_hard_negatives(
             f"{op}: image_embeds and text_embeds must be at least 2 pairs, "
             f"got {len(image_embeds)} images and {len(text_embeds)} texts"
         )
-    _contrastive._check(op, image_embeds, text_embeds, logit_scale, image_ids, text_ids)
-    implementation = select(op, _contrastive._problem(image_embeds, text_embeds, ranks), backend)
+    check_embeddings(op, image_embeds, text_embeds, logit_scale, image_ids, text_ids)
+    draw = load(op, select(op, problem_of(image_embeds, text_embeds, ranks), backend))
     with torch.no_grad(), torch.autocast(image_embeds.device.type, enabled=False):
-        _similarity.require_finite(op, "image_embeds and text_embeds", image_embeds, text_embeds, logit_scale)
-        of_texts, of_images = Excluded(diagonal=0), Excluded(diagonal=0)
+        require_finite(op, "image_embeds and text_embeds", image_embeds, text_embeds, logit_scale)
+        of_texts, of_images = PairMask(diagonal=0), PairMask(diagonal=0)
         all_images, all_texts = image_embeds, text_embeds
         if ranks.size > 1:
-            _contrastive._check_sizes(op, image_embeds, text_embeds, ranks)
+            check_sizes(op, image_embeds, text_embeds, ranks)
             all_images, all_texts = gather(image_embeds, ranks), gather(text_embeds, ranks)
-            of_texts = of_images = Excluded(diagonal=ranks.own(len(image_embeds)).start)
+            of_texts = of_images = PairMask(diagonal=ranks.own(len(image_embeds)).start)
         if image_ids is not None and text_ids is not None:
-            of_texts = Excluded(text_ids, gather(image_ids, ranks))
-            of_images = Excluded(image_ids, gather(text_ids, ranks))
-        draw = _draw if implementation == "chunked" else _draw_eagerly
+            of_texts = PairMask(text_ids, gather(image_ids, ranks))
+            of_images = PairMask(image_ids, gather(text_ids, ranks))
         images = draw(text_embeds, all_images, logit_scale, of_texts, generator)
         texts = draw(image_embeds, all_texts, logit_scale, of_images, generator)
     return HardNegatives(images, texts)
 
 
-def _draw_eagerly(
-    rows: Tensor, columns: Tensor, logit_scale: Tensor, excluded: Excluded, generator: torch.Generator | None
+def draw_eagerly(
+    rows: Tensor, columns: Tensor, logit_scale: Tensor, mask: PairMask, generator: torch.Generator | None
 ) -> Tensor:
-    probabilities = reference.negative_probabilities(rows, columns, logit_scale, *excluded)
+    """As `draw`, from all similarities at once."""
+    probabilities = reference.negative_probabilities(rows, columns, logit_scale, *mask)
     return probabilities.multinomial(1, generator=generator).squeeze(1)
 
 
-def _draw(
-    rows: Tensor, columns: Tensor, logit_scale: Tensor, excluded: Excluded, generator: torch.Generator | None
+def draw(
+    rows: Tensor, columns: Tensor, logit_scale: Tensor, mask: PairMask, generator: torch.Generator | None
 ) -> Tensor:
-    """A column for each row, (N,)."""
+    """A column for each row from the softmax of its similarities, (N,) int64.
+
+    Args:
+        rows: (N, D) float.
+        columns: (M, D), dtype and device of the rows.
+        logit_scale: 0-d.
+        mask: pairs that are never drawn.
+        generator: source of randomness, or None.
+    """
     uniform = torch.rand(len(rows), dtype=torch.float64, device=rows.device, generator=generator)
     drawn = torch.empty(len(rows), dtype=torch.int64, device=rows.device)
-    rows, columns = _similarity.working(rows), _similarity.working(columns)
-    scale = logit_scale.to(rows.device, _similarity.wide(rows.dtype))
-    for part in _similarity.blocks(len(rows), len(columns), rows):
-        logits = excluded.apply(_similarity.similarities(rows[part], columns, scale), part.start)  # (R, M)
+    rows, columns = matmul_operand(rows), matmul_operand(columns)
+    scale = logit_scale.to(rows.device, accumulation_dtype(rows.dtype))
+    for part in blocks(len(rows), len(columns), rows):
+        logits = mask.exclude(similarities(rows[part], columns, scale), part.start)  # (R, M)
         drawn[part] = _choose(logits, uniform[part])
     return drawn
 
@@ -122,7 +133,7 @@ def _choose(logits: Tensor, uniform: Tensor) -> Tensor:
     """Inverse of each row's cumulative softmax at `uniform` in [0, 1); a weight of 0 is never chosen."""
     num_columns = logits.shape[1]
     top = logits.amax(1, keepdim=True)
-    _similarity.require(top.isfinite().all(), "sample_hard_negatives: each row must have a negative, got one with none")
+    require(top.isfinite().all(), "sample_hard_negatives: each row must have a negative, got one with none")
     weights = logits.sub_(top).exp_()  # (R, M)
     whole = num_columns // TILE * TILE
     sums = weights[:, :whole].view(len(weights), -1, TILE).sum(2, dtype=torch.float64)  # (R, whole tiles)

@@ -2,39 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from importlib import import_module
-from types import ModuleType
-from typing import Any, NamedTuple, NoReturn
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
-from vlmo_fast.ops import _ffn_torch, reference
-from vlmo_fast.ops.dispatch import Problem, capability_of, select, triton_interprets
+from vlmo_fast.ops.dispatch import capability_of, load, select, triton_interprets
+from vlmo_fast.ops.registration import autocast_dtype, register
+from vlmo_fast.ops.types import ExpertWeights, Problem
 
-__all__ = ["ExpertWeights", "mome_ffn"]
-
-
-class ExpertWeights(NamedTuple):
-    """Parameters of one modality expert: its norm and its two linear layers.
-
-    Attributes:
-        norm_weight: (D,).
-        norm_bias: (D,).
-        fc1_weight: (F, D).
-        fc1_bias: (F,).
-        fc2_weight: (D, F).
-        fc2_bias: (D,).
-    """
-
-    norm_weight: Tensor
-    norm_bias: Tensor
-    fc1_weight: Tensor
-    fc1_bias: Tensor
-    fc2_weight: Tensor
-    fc2_bias: Tensor
+__all__ = ["FFNBackend", "mome_ffn"]
 
 
 def mome_ffn(
@@ -75,21 +54,25 @@ def mome_ffn(
         ValueError: sizes do not add up, shapes do not fit, devices differ, or the backend is unknown.
         TypeError: a dtype is not a float, the linear layers' dtypes differ, or theirs is wider than that of x.
         NotImplementedError: the backend cannot run here (names those that can), or has no second derivative.
+        ImportError: the backend must be built first; names the command.
     """
     experts = [ExpertWeights(*expert) for expert in experts]
     dtype = _validate(x, group_sizes, experts, layer_scale, row_scale)
     columns = list(map(list, zip(*experts, strict=True)))  # one list for each parameter
     leaves = [x, layer_scale, *(weight for column in columns for weight in column)]
     needs_grad = torch.is_grad_enabled() and any(leaf is not None and leaf.requires_grad for leaf in leaves)
-    interpreted = backend == "triton" and triton_interprets()
-    capability = capability_of(x.device)
-    problem = Problem(x.device.type, dtype, needs_grad, interpreted=interpreted, capability=capability)
-    implementation = select("mome_ffn", problem, backend)
-    if implementation == "eager":
-        return reference.mome_ffn(x, group_sizes, experts, layer_scale, row_scale, eps)
-    out: Tensor = torch.ops.vlmo_fast.mome_ffn(
-        x, group_sizes, *columns, layer_scale, row_scale, eps, needs_grad, save_activation, implementation
-    )[0]
+    problem = Problem(
+        *(x.device.type, dtype, needs_grad), interpreted=triton_interprets(), capability=capability_of(x.device)
+    )
+    name = select("mome_ffn", problem, backend)
+    implementation = load("mome_ffn", name)
+    out: Tensor
+    if isinstance(implementation, FFNBackend):
+        out, _ = torch.ops.vlmo_fast.mome_ffn(
+            x, group_sizes, *columns, layer_scale, row_scale, eps, needs_grad, save_activation, name
+        )
+    else:
+        out = implementation(x, group_sizes, experts, layer_scale, row_scale, eps)
     return out
 
 
@@ -137,39 +120,90 @@ def _validate(
     for name, (tensor, _) in named.items():
         if ".fc" in name and tensor.dtype != dtype:
             fail(name, f"be {dtype} like experts[0].fc1_weight", tensor.dtype, TypeError)
-    if _autocasts(x):
-        return torch.get_autocast_dtype(x.device.type)
+    autocast = _autocast(x)
+    if autocast is not None:
+        return autocast
     if torch.promote_types(x.dtype, dtype) != x.dtype:
         fail("experts[0].fc1_weight", f"not be wider than x, which is {x.dtype}", dtype, TypeError)
     return dtype
 
 
-def _autocasts(x: Tensor) -> bool:
-    device = x.device.type
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and x.dtype != torch.float64
+def _autocast(x: Tensor) -> torch.dtype | None:
+    """The dtype of the linear layers under autocast, which leaves float64 alone."""
+    return None if x.dtype == torch.float64 else autocast_dtype(x.device.type)
 
 
-def _implementation(name: str) -> ModuleType:
-    return import_module("vlmo_fast.kernels.ffn") if name == "triton" else _ffn_torch
+class FFNBackend(ABC):
+    """An implementation of `mome_ffn` inside its custom op. Tensors are as there, and linear layers share a dtype."""
+
+    @abstractmethod
+    def forward(
+        self,
+        x: Tensor,
+        group_sizes: Sequence[int],
+        experts: Sequence[ExpertWeights],
+        layer_scale: Tensor | None,
+        row_scale: Tensor | None,
+        eps: float,
+        save: bool,
+        save_activation: bool,
+    ) -> tuple[Tensor, list[Tensor]]:
+        """The result, (N, D), and what `backward` needs, if `save`; else nothing.
+
+        With `save_activation` GELU's outputs are among that.
+        """
+
+    @abstractmethod
+    def saved(
+        self, x: Tensor, group_sizes: Sequence[int], hidden: int, dtype: torch.dtype, scaled: bool, activation: bool
+    ) -> list[Tensor]:
+        """Empty tensors of the shapes and dtypes that `forward` saves.
+
+        Args:
+            x: (N, D), perhaps a fake tensor, whose `new_empty` is to be used.
+            group_sizes: rows of each group, perhaps symbols.
+            hidden: F, inner width of the experts.
+            dtype: of the linear layers.
+            scaled: whether there is a layer scale.
+            activation: whether GELU's outputs are saved.
+        """
+
+    @abstractmethod
+    def backward(
+        self,
+        grad: Tensor,
+        x: Tensor,
+        group_sizes: Sequence[int],
+        experts: Sequence[ExpertWeights],
+        layer_scale: Tensor | None,
+        row_scale: Tensor | None,
+        saved: Sequence[Tensor],
+        eps: float,
+        trained: Sequence[bool],
+    ) -> tuple[Tensor, Tensor, list[tuple[Tensor, ...]]]:
+        """Gradients of x, of the layer scale (empty without one), and of each expert's six parameters.
+
+        The last are empty tensors for experts that are not `trained`.
+        """
 
 
 # `arguments` are those of the schemas below: six lists of weights, the two scales, and what each op has of its own.
-# What is saved for the backward pass is the implementation's own affair.
 
 
 def _forward(x: Tensor, group_sizes: Sequence[int], *arguments: Any) -> tuple[Tensor, list[Tensor]]:
-    *columns, layer_scale, row_scale, eps, save, save_activation, implementation = arguments
-    run = _implementation(implementation).forward
-    out, saved = run(x, group_sizes, _experts(columns), layer_scale, row_scale, eps, save, save and save_activation)
-    return out, saved
+    *columns, layer_scale, row_scale, eps, save, save_activation, name = arguments
+    backend: FFNBackend = load("mome_ffn", name)
+    return backend.forward(
+        x, group_sizes, _experts(columns), layer_scale, row_scale, eps, save, save and save_activation
+    )
 
 
 def _backward(
     grad: Tensor, x: Tensor, group_sizes: Sequence[int], *arguments: Any
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    *columns, layer_scale, row_scale, saved, eps, trained, implementation = arguments
-    run = _implementation(implementation).backward
-    d_x, d_layer_scale, d_experts = run(
+    *columns, layer_scale, row_scale, saved, eps, trained, name = arguments
+    backend: FFNBackend = load("mome_ffn", name)
+    d_x, d_layer_scale, d_experts = backend.backward(
         grad, x, group_sizes, _experts(columns), layer_scale, row_scale, saved, eps, trained
     )
     return d_x, d_layer_scale, [gradient for expert in d_experts for gradient in expert]
@@ -180,20 +214,16 @@ def _experts(columns: Sequence[Sequence[Tensor]]) -> list[ExpertWeights]:
 
 
 def _fake(x: Tensor, group_sizes: Sequence[int], *arguments: Any) -> tuple[Tensor, list[Tensor]]:
-    *columns, layer_scale, _, _, save, save_activation, implementation = arguments
+    *columns, layer_scale, _, _, save, save_activation, name = arguments
     out = x.new_empty(x.shape)
     if not save:
         return out, []
-    rows, width = x.shape
-    is_triton = implementation == "triton"
-    statistics = x.new_empty(3 if is_triton else 2, rows, dtype=torch.promote_types(x.dtype, torch.float32))
     fc1_weight = _experts(columns)[0].fc1_weight
-    sizes = [rows] if is_triton else group_sizes  # whoever calls matrix products has many tensors
-    z = [x.new_empty(size, fc1_weight.shape[0], dtype=fc1_weight.dtype) for size in sizes]
-    h = [torch.empty_like(tensor) for tensor in z] if save_activation else []
-    has_branch = layer_scale is not None and not is_triton
-    branch = [x.new_empty(torch.sym_min(rows, _ffn_torch.FEW_ROWS), width)] if has_branch else []
-    return out, [statistics, *z, *h, *branch]
+    backend: FFNBackend = load("mome_ffn", name)
+    saved = backend.saved(
+        x, group_sizes, fc1_weight.shape[0], fc1_weight.dtype, layer_scale is not None, save_activation
+    )
+    return out, saved
 
 
 def _fake_backward(
@@ -237,66 +267,47 @@ def _autograd(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
     return (d_x, None, *d_columns, None if layer_scale is None else d_layer_scale, None, None, None, None, None)
 
 
-def _no_second_derivative(ctx: Any, *_: Any) -> NoReturn:
-    raise NotImplementedError("mome_ffn: backend must be 'eager' for derivatives of derivatives, got another")
-
-
-def _autocast_rule(device: str) -> Callable[..., Any]:
+def _cast(x: Tensor, group_sizes: Sequence[int], *rest: Any) -> tuple[Any, ...]:
     """The linear layers in autocast's dtype; norm, statistics and residual stream stay as they are."""
-
-    def rule(x: Tensor, group_sizes: Sequence[int], *rest: Any) -> Any:
-        norm_weight, norm_bias, *layers = rest[:6]
-        if _autocasts(x):
-            dtype = torch.get_autocast_dtype(device)
-            layers = [[tensor.to(dtype) for tensor in column] for column in layers]
-        with torch.autocast(device, enabled=False):
-            return torch.ops.vlmo_fast.mome_ffn(x, group_sizes, norm_weight, norm_bias, *layers, *rest[6:])
-
-    return rule
+    norm_weight, norm_bias, *layers = rest[:6]
+    dtype = _autocast(x)
+    if dtype is not None:
+        layers = [[tensor.to(dtype) for tensor in column] for column in layers]
+    return x, group_sizes, norm_weight, norm_bias, *layers, *rest[6:]
 
 
-def _no_autocast(device: str) -> Callable[..., Any]:
-    def rule(*arguments: Any) -> Any:
-        with torch.autocast(device, enabled=False):
-            return torch.ops.vlmo_fast.mome_ffn_backward(*arguments)
-
-    return rule
-
-
-_WEIGHTS = (
-    "SymInt[] group_sizes, Tensor[] norm_weight, Tensor[] norm_bias, Tensor[] fc1_weight, Tensor[] fc1_bias, "
-    "Tensor[] fc2_weight, Tensor[] fc2_bias, Tensor? layer_scale, Tensor? row_scale"
-)
-_library = torch.library.Library("vlmo_fast", "FRAGMENT")
-_library.define(
-    f"mome_ffn(Tensor x, {_WEIGHTS}, float eps, bool save, bool save_activation, str implementation) "
-    "-> (Tensor, Tensor[])"
-)
-_library.define(
-    f"mome_ffn_backward(Tensor grad, Tensor x, {_WEIGHTS}, Tensor[] saved, float eps, bool[] trained, "
-    "str implementation) -> (Tensor, Tensor, Tensor[])"
-)
-_library.impl("mome_ffn", _forward, "CompositeExplicitAutograd")
-_library.impl("mome_ffn_backward", _backward, "CompositeExplicitAutograd")
-for _device in ("cpu", "cuda"):
-    _library.impl("mome_ffn", _autocast_rule(_device), f"Autocast{_device.upper()}")
-    _library.impl("mome_ffn_backward", _no_autocast(_device), f"Autocast{_device.upper()}")
-torch.library.register_fake("vlmo_fast::mome_ffn", _fake, lib=_library)
-torch.library.register_fake("vlmo_fast::mome_ffn_backward", _fake_backward, lib=_library)
-torch.library.register_autograd("vlmo_fast::mome_ffn", _autograd, setup_context=_setup_context, lib=_library)
-torch.library.register_autograd("vlmo_fast::mome_ffn_backward", _no_second_derivative, lib=_library)
-
-
-@register_flop_formula(torch.ops.vlmo_fast.mome_ffn)
 def _flops(x: Sequence[int], group_sizes: Sequence[int], *columns: Any, **_: Any) -> int:
     """Two matrix products."""
     (hidden,) = columns[3][0]
     return 4 * x[0] * x[1] * int(hidden)
 
 
-@register_flop_formula(torch.ops.vlmo_fast.mome_ffn_backward)
 def _backward_flops(grad: Any, x: Sequence[int], group_sizes: Sequence[int], *rest: Any, **_: Any) -> int:
     """Two matrix products for the rows, and two more for the weights of each expert that trains."""
     (hidden,), trained = rest[3][0], rest[-2]
     rows = x[0] + sum(size for size, wanted in zip(group_sizes, trained, strict=True) if wanted)
     return 4 * rows * x[1] * int(hidden)
+
+
+_WEIGHTS = (
+    "SymInt[] group_sizes, Tensor[] norm_weight, Tensor[] norm_bias, Tensor[] fc1_weight, Tensor[] fc1_bias, "
+    "Tensor[] fc2_weight, Tensor[] fc2_bias, Tensor? layer_scale, Tensor? row_scale"
+)
+register(
+    f"mome_ffn(Tensor x, {_WEIGHTS}, float eps, bool save, bool save_activation, str implementation) "
+    "-> (Tensor, Tensor[])",
+    _forward,
+    fake=_fake,
+    flops=_flops,
+    setup_context=_setup_context,
+    autograd=_autograd,
+    cast=_cast,
+)
+register(
+    f"mome_ffn_backward(Tensor grad, Tensor x, {_WEIGHTS}, Tensor[] saved, float eps, bool[] trained, "
+    "str implementation) -> (Tensor, Tensor, Tensor[])",
+    _backward,
+    fake=_fake_backward,
+    flops=_backward_flops,
+    backward_of="mome_ffn",
+)

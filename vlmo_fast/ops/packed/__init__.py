@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any, NoReturn
+from abc import ABC, abstractmethod
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
-from vlmo_fast.ops import _attention_cpu, _buckets, reference
-from vlmo_fast.ops.dispatch import Problem, capability_of, select, triton_interprets
+from vlmo_fast.ops.dispatch import capability_of, load, select, triton_interprets
+from vlmo_fast.ops.packed.plan import Packing
+from vlmo_fast.ops.registration import register
+from vlmo_fast.ops.types import Problem
 
-__all__ = ["packed_attention"]
+__all__ = ["PackedAttentionBackend", "packed_attention"]
 
 
 def packed_attention(
@@ -65,18 +67,20 @@ def packed_attention(
     _validate(query, key, value, segments, bias, host_segments, cls_only)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (query, key, value, bias))
-    interpreted = backend == "triton" and triton_interprets()
-    capability = capability_of(query.device)
     problem = Problem(
-        query.device.type, query.dtype, needs_grad, query.shape[-1], interpreted=interpreted, capability=capability
+        *(query.device.type, query.dtype, needs_grad, query.shape[-1]),
+        interpreted=triton_interprets(),
+        capability=capability_of(query.device),
     )
-    implementation = select("packed_attention", problem, backend)
-    if implementation == "eager":
-        with torch.autocast(query.device.type, enabled=False):
-            return reference.packed_attention(query, key, value, segments, bias, cls_only, scale)
-    out, _ = torch.ops.vlmo_fast.packed_attention(
-        query, key, value, segments, host_segments, bias, max_length, cls_only, scale, implementation
-    )
+    name = select("packed_attention", problem, backend)
+    implementation = load("packed_attention", name)
+    out: Tensor
+    if isinstance(implementation, PackedAttentionBackend):
+        out, _ = torch.ops.vlmo_fast.packed_attention(
+            query, key, value, segments, host_segments, bias, max_length, cls_only, scale, name
+        )
+    else:
+        out = implementation(query, key, value, segments, bias, cls_only, scale)
     return out
 
 
@@ -120,26 +124,34 @@ def _validate(
             fail("host_segments", f"be {tuple(segments.shape)} like segments", tuple(host_segments.shape))
 
 
-def _plan(
-    segments: Tensor, host_segments: Tensor | None, num_rows: int, bias: Tensor | None, max_length: int
-) -> _buckets.Plan:
-    """The packing on the host, checked."""
-    if segments.device.type == "cpu" or host_segments is None:
-        host_segments = segments.cpu()
-    plan = _buckets.plan(host_segments)
-    if plan.lowest < 0:
-        raise ValueError(f"packed_attention: segments must not be negative, got {plan.lowest}")
-    if plan.end_row > num_rows:
-        raise ValueError(f"packed_attention: segments must stay within {num_rows} rows, got {plan.end_row}")
-    if plan.overlaps:
-        raise ValueError("packed_attention: segments must not overlap, got a row in two of them")
-    if bias is not None and plan.shared_places:
-        raise ValueError("packed_attention: segments must not share bias rows in one sequence, got a text that does")
-    if bias is not None and plan.end_place > bias.shape[1]:
-        raise ValueError(f"packed_attention: segments must stay within {bias.shape[1]} bias rows, got {plan.end_place}")
-    if plan.max_length > max_length:
-        raise ValueError(f"packed_attention: max_length must be at least {plan.max_length} tokens, got {max_length}")
-    return plan
+class PackedAttentionBackend(ABC):
+    """An implementation of `packed_attention` inside its custom op. Tensors are as there."""
+
+    @abstractmethod
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, packing: Packing, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        """The result, contiguous, 0 in rows that no sequence owns; and what `saved` describes."""
+
+    @abstractmethod
+    def saved(self, query: Tensor, key: Tensor) -> Tensor:
+        """An empty tensor like the one that `forward` saves, by the `new_empty` of the (perhaps fake) query."""
+
+    @abstractmethod
+    def backward(
+        self,
+        grad: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        bias: Tensor | None,
+        out: Tensor,
+        saved: Tensor,
+        packing: Packing,
+        scale: float,
+        bias_grad: bool,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Gradients of query, key and value, contiguous, and of the bias in its dtype (empty if not wanted)."""
 
 
 def _forward(
@@ -152,24 +164,11 @@ def _forward(
     max_length: int,
     cls_only: bool,
     scale: float,
-    implementation: str,
+    name: str,
 ) -> tuple[Tensor, Tensor]:
-    # Scores and softmax stay in float32. Triton launches on the current device, which need not be the tensors'.
-    with torch.autocast(query.device.type, enabled=False), torch.cuda.device_of(query):
-        if implementation == "triton":
-            from vlmo_fast.kernels import attention as kernels
-
-            whole, alignment = _facts(query, key, segments, host_segments, bias, max_length, cls_only)
-            out = _room(query, whole)
-            stats = kernels.forward(query, key, value, segments, bias, max_length, cls_only, scale, alignment, out)
-            return out, stats
-        plan = _plan(segments, host_segments, len(key), bias, max_length)
-        if implementation == "cpu":
-            out = _room(query, _is_whole(plan, query, cls_only))
-            queries = _attention_cpu.first_tokens(segments) if cls_only else segments
-            return out, _attention_cpu.forward(query, key, value, queries, segments, bias, None, scale, out)
-        out = _buckets.attend(query, key, value, plan, bias, cls_only, scale, implementation)
-        return out, query.new_empty(0, dtype=torch.float32)
+    backend: PackedAttentionBackend = load("packed_attention", name)
+    packing = Packing(segments, host_segments, max_length, cls_only)
+    return backend.forward(query, key, value, bias, packing, scale)
 
 
 def _backward(
@@ -181,72 +180,21 @@ def _backward(
     host_segments: Tensor | None,
     bias: Tensor | None,
     out: Tensor,
-    stats: Tensor,
+    saved: Tensor,
     max_length: int,
     cls_only: bool,
     scale: float,
     bias_grad: bool,
-    implementation: str,
+    name: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    with torch.autocast(query.device.type, enabled=False), torch.cuda.device_of(query):
-        if implementation == "triton":
-            from vlmo_fast.kernels import attention as kernels
-
-            whole, alignment = _facts(query, key, segments, host_segments, bias, max_length, cls_only)
-            all_keys = whole if not cls_only else _facts(key, key, segments, host_segments, bias, max_length, False)[0]
-            d_query, d_key, d_value = _room(query, whole), _room(key, all_keys), _room(value, all_keys)
-            d_bias = None
-            if bias is not None and bias_grad:
-                d_bias = torch.empty_like(bias, memory_format=torch.contiguous_format)
-            kernels.backward(
-                *(grad, query, key, value, segments, bias, out, stats, max_length, cls_only, scale, alignment),
-                *(d_query, d_key, d_value, d_bias),
-            )
-            return d_query, d_key, d_value, query.new_empty(0) if d_bias is None else d_bias
-        plan = _plan(segments, host_segments, len(key), bias, max_length)
-        if implementation == "cpu":
-            of_query = _room(query, _is_whole(plan, query, cls_only))
-            whole = _is_whole(plan, key, False)
-            gradients = of_query, _room(key, whole), _room(value, whole)
-            queries = _attention_cpu.first_tokens(segments) if cls_only else segments
-            d_bias = _attention_cpu.backward(
-                *(grad, query, key, value, queries, segments, bias, None, scale, stats, gradients, bias_grad)
-            )
-            return *gradients, d_bias
-        return _buckets.attend_backward(grad, query, key, value, plan, bias, cls_only, scale, bias_grad)
-
-
-def _facts(
-    query: Tensor,
-    key: Tensor,
-    segments: Tensor,
-    host_segments: Tensor | None,
-    bias: Tensor | None,
-    max_length: int,
-    cls_only: bool,
-) -> tuple[bool, int]:
-    """Whether each row of the query belongs to a sequence, and the alignment of bias rows, as far as the host knows."""
-    if segments.device.type != "cpu" and host_segments is None:
-        return False, 1
-    plan = _plan(segments, host_segments, len(key), bias, max_length)
-    return _is_whole(plan, query, cls_only), plan.place_alignment
-
-
-def _is_whole(plan: _buckets.Plan, rows: Tensor, cls_only: bool) -> bool:
-    """Whether each row belongs to a sequence."""
-    return not plan.empty_sequences if cls_only else plan.num_tokens == len(rows)
-
-
-def _room(like: Tensor, whole: bool) -> Tensor:
-    """A contiguous tensor for results: zeros where some rows may belong to no sequence."""
-    make = torch.empty if whole else torch.zeros
-    return make(like.shape, dtype=like.dtype, device=like.device)
+    backend: PackedAttentionBackend = load("packed_attention", name)
+    packing = Packing(segments, host_segments, max_length, cls_only)
+    return backend.backward(grad, query, key, value, bias, out, saved, packing, scale, bias_grad)
 
 
 def _fake(query: Tensor, key: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    implementation = rest[-1]
-    stats = (2, key.shape[1], query.shape[0]) if implementation in ("triton", "cpu") else (0,)
-    return query.new_empty(query.shape), query.new_empty(stats, dtype=torch.float32)
+    backend: PackedAttentionBackend = load("packed_attention", rest[-1])
+    return query.new_empty(query.shape), backend.saved(query, key)
 
 
 def _fake_backward(
@@ -282,39 +230,34 @@ def _autograd(ctx: Any, grad: Tensor, _: Any) -> tuple[Any, ...]:
     return d_query, d_key, d_value, None, None, d_bias if bias_grad else None, None, None, None, None
 
 
-def _no_second_derivative(ctx: Any, *_: Any) -> NoReturn:
-    raise NotImplementedError("packed_attention: backend must be 'eager' for derivatives of derivatives, got another")
-
-
-torch.library.define(
-    "vlmo_fast::packed_attention",
-    "(Tensor query, Tensor key, Tensor value, Tensor segments, Tensor? host_segments, Tensor? bias, "
-    "SymInt max_length, bool cls_only, float scale, str implementation) -> (Tensor, Tensor)",
-)
-torch.library.define(
-    "vlmo_fast::packed_attention_backward",
-    "(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor segments, Tensor? host_segments, Tensor? bias, "
-    "Tensor out, Tensor stats, SymInt max_length, bool cls_only, float scale, bool bias_grad, str implementation) "
-    "-> (Tensor, Tensor, Tensor, Tensor)",
-)
-torch.library.impl("vlmo_fast::packed_attention", "default", _forward)
-torch.library.impl("vlmo_fast::packed_attention_backward", "default", _backward)
-torch.library.register_fake("vlmo_fast::packed_attention", _fake)
-torch.library.register_fake("vlmo_fast::packed_attention_backward", _fake_backward)
-torch.library.register_autograd("vlmo_fast::packed_attention", _autograd, setup_context=_setup_context)
-torch.library.register_autograd("vlmo_fast::packed_attention_backward", _no_second_derivative)
-
-
 # Shapes do not tell how long each sequence is: as if all were of the largest length.
 
 
-@register_flop_formula(torch.ops.vlmo_fast.packed_attention)
 def _flops(query: Any, key: Any, value: Any, segments: Any, *rest: Any, **_: Any) -> int:
     max_length = rest[2]
     return 4 * int(query[0] * query[1] * query[2] * max_length)
 
 
-@register_flop_formula(torch.ops.vlmo_fast.packed_attention_backward)
 def _flops_backward(grad: Any, query: Any, key: Any, value: Any, segments: Any, *rest: Any, **_: Any) -> int:
     max_length = rest[4]
     return 10 * int(query[0] * query[1] * query[2] * max_length)
+
+
+_INPUTS = "Tensor query, Tensor key, Tensor value, Tensor segments, Tensor? host_segments, Tensor? bias"
+register(
+    f"packed_attention({_INPUTS}, SymInt max_length, bool cls_only, float scale, str implementation) "
+    "-> (Tensor, Tensor)",
+    _forward,
+    fake=_fake,
+    flops=_flops,
+    setup_context=_setup_context,
+    autograd=_autograd,
+)
+register(
+    f"packed_attention_backward(Tensor grad, {_INPUTS}, Tensor out, Tensor stats, SymInt max_length, bool cls_only, "
+    "float scale, bool bias_grad, str implementation) -> (Tensor, Tensor, Tensor, Tensor)",
+    _backward,
+    fake=_fake_backward,
+    flops=_flops_backward,
+    backward_of="packed_attention",
+)

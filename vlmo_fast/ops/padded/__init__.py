@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any, NoReturn
+from abc import ABC, abstractmethod
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
-from vlmo_fast.ops import _attention_cpu, _fused, reference
-from vlmo_fast.ops.dispatch import Problem, select
+from vlmo_fast.ops.dispatch import load, select
+from vlmo_fast.ops.registration import register
+from vlmo_fast.ops.types import Problem
 
-__all__ = ["attention"]
+__all__ = ["AttentionBackend", "attention", "empty_rows", "rows"]
 
 
 def attention(
@@ -78,48 +79,67 @@ def attention(
         *(query.device.type, query.dtype, bias_grad or others_grad, query.shape[-1]),
         only_bias_grad=bias_grad and not others_grad,
     )
-    implementation = select("attention", problem, backend)
-    if implementation == "cpu":
-        out: Tensor = torch.ops.vlmo_fast.attention(query, key, value, bias, key_mask, scale)[0]
-        return out
-    if implementation == "xformers":
-        return _fused.xformers(query, key, value, bias, key_mask, scale)
-    if implementation == "eager":
-        with torch.autocast(query.device.type, enabled=False):  # scores and softmax stay in float32
-            return reference.attention(query, key, value, bias, key_mask, scale)
-    return _fused.sdpa(query, key, value, bias, key_mask, scale)
+    name = select("attention", problem, backend)
+    implementation = load("attention", name)
+    out: Tensor
+    if isinstance(implementation, AttentionBackend):
+        out, _ = torch.ops.vlmo_fast.attention(query, key, value, bias, key_mask, scale, name)
+    else:
+        out = implementation(query, key, value, bias, key_mask, scale)
+    return out
 
 
-# The CPU library's implementation, as a custom op: it takes sequences on rows that lie one after the other.
+class AttentionBackend(ABC):
+    """An implementation of `attention` inside its custom op. Tensors are as there."""
+
+    @abstractmethod
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        bias: Tensor | None,
+        key_mask: Tensor | None,
+        scale: float,
+    ) -> tuple[Tensor, Tensor]:
+        """The result, laid out as `empty_rows` does, and what `saved` describes."""
+
+    @abstractmethod
+    def saved(self, query: Tensor, key: Tensor) -> Tensor:
+        """An empty tensor like the one that `forward` saves, by the `new_empty` of the (perhaps fake) query."""
+
+    @abstractmethod
+    def backward(
+        self,
+        grad: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        bias: Tensor | None,
+        key_mask: Tensor | None,
+        saved: Tensor,
+        scale: float,
+        bias_grad: bool,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Gradients of query, key and value, laid out as `empty_rows` does, and of the bias (empty if not wanted)."""
 
 
-def _rows(x: Tensor) -> Tensor:
-    """(B, H, S, d) as (B S, H, d): a view where a projection made it, or `_empty`."""
+def rows(x: Tensor) -> Tensor:
+    """(B, H, S, d) as (B S, H, d): a view where a projection made it, or `empty_rows`."""
     return x.transpose(1, 2).flatten(0, 1)
 
 
-def _empty(like: Tensor) -> Tensor:
+def empty_rows(like: Tensor) -> Tensor:
     """An empty (B, H, S, d) that lies as (B, S, H, d) does; no view, which autograd would not let change in place."""
     _number, heads, length, width = like.shape
     return like.new_empty_strided(like.shape, (length * heads * width, width, heads * width, 1))
 
 
-def _table(x: Tensor) -> Tensor:
-    """Of each of the B sequences of (B, H, S, d) its rows: (B, 2, 3) int32."""
-    number, length = x.shape[0], x.shape[2]
-    table = x.new_zeros(number, 2, 3, dtype=torch.int32)
-    table[:, 0, 0] = torch.arange(number, dtype=torch.int32, device=x.device) * length
-    table[:, 0, 1] = length
-    return table
-
-
 def _forward(
-    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, key_mask: Tensor | None, scale: float
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, key_mask: Tensor | None, scale: float, name: str
 ) -> tuple[Tensor, Tensor]:
-    q, k, v = (_rows(x) for x in (query, key, value))
-    out = _empty(query)
-    stats = _attention_cpu.forward(q, k, v, _table(query), _table(key), bias, key_mask, scale, _rows(out))
-    return out, stats
+    backend: AttentionBackend = load("attention", name)
+    return backend.forward(query, key, value, bias, key_mask, scale)
 
 
 def _backward(
@@ -129,34 +149,30 @@ def _backward(
     value: Tensor,
     bias: Tensor | None,
     key_mask: Tensor | None,
-    stats: Tensor,
+    saved: Tensor,
     scale: float,
     bias_grad: bool,
+    name: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    go, q, k, v = (_rows(x) for x in (grad, query, key, value))
-    d_query, d_key, d_value = (_empty(x) for x in (query, key, value))
-    d_bias = _attention_cpu.backward(
-        *(go, q, k, v, _table(query), _table(key), bias, key_mask, scale, stats),
-        gradients=(_rows(d_query), _rows(d_key), _rows(d_value)),
-        bias_grad=bias_grad,
-    )
-    return d_query, d_key, d_value, d_bias
+    backend: AttentionBackend = load("attention", name)
+    return backend.backward(grad, query, key, value, bias, key_mask, saved, scale, bias_grad)
 
 
-def _fake(query: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    number, heads, length, _width = query.shape
-    return _empty(query), query.new_empty(2, heads, number * length)
+def _fake(query: Tensor, key: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    backend: AttentionBackend = load("attention", rest[-1])
+    return empty_rows(query), backend.saved(query, key)
 
 
 def _fake_backward(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    d_bias = bias.new_empty(bias.shape) if bias is not None and rest[-1] else query.new_empty(0)
-    return _empty(query), _empty(key), _empty(value), d_bias
+    *_, bias_grad, _name = rest
+    d_bias = bias.new_empty(bias.shape) if bias is not None and bias_grad else query.new_empty(0)
+    return empty_rows(query), empty_rows(key), empty_rows(value), d_bias
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, ctx.scale = inputs
+    *tensors, ctx.scale, ctx.implementation = inputs
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(*tensors, output[1])
 
@@ -164,37 +180,33 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 def _autograd(ctx: Any, grad: Tensor, _: Any) -> tuple[Any, ...]:
     bias_grad = ctx.needs_input_grad[3]
     d_query, d_key, d_value, d_bias = torch.ops.vlmo_fast.attention_backward(
-        grad, *ctx.saved_tensors, ctx.scale, bias_grad
+        grad, *ctx.saved_tensors, ctx.scale, bias_grad, ctx.implementation
     )
-    return d_query, d_key, d_value, d_bias if bias_grad else None, None, None
+    return d_query, d_key, d_value, d_bias if bias_grad else None, None, None, None
 
 
-def _no_second_derivative(ctx: Any, *_: Any) -> NoReturn:
-    raise NotImplementedError("attention: backend must be 'eager' for derivatives of derivatives, got another")
-
-
-torch.library.define(
-    "vlmo_fast::attention",
-    "(Tensor query, Tensor key, Tensor value, Tensor? bias, Tensor? key_mask, float scale) -> (Tensor, Tensor)",
-)
-torch.library.define(
-    "vlmo_fast::attention_backward",
-    "(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor? bias, Tensor? key_mask, Tensor stats, float scale, "
-    "bool bias_grad) -> (Tensor, Tensor, Tensor, Tensor)",
-)
-torch.library.impl("vlmo_fast::attention", "CPU", _forward)
-torch.library.impl("vlmo_fast::attention_backward", "CPU", _backward)
-torch.library.register_fake("vlmo_fast::attention", _fake)
-torch.library.register_fake("vlmo_fast::attention_backward", _fake_backward)
-torch.library.register_autograd("vlmo_fast::attention", _autograd, setup_context=_setup_context)
-torch.library.register_autograd("vlmo_fast::attention_backward", _no_second_derivative)
-
-
-@register_flop_formula(torch.ops.vlmo_fast.attention)
 def _flops(query: Any, key: Any, *_: Any, **__: Any) -> int:
     return 4 * int(query[0] * query[1] * query[2] * query[3] * key[2])
 
 
-@register_flop_formula(torch.ops.vlmo_fast.attention_backward)
 def _flops_backward(grad: Any, query: Any, key: Any, *_: Any, **__: Any) -> int:
     return 10 * int(query[0] * query[1] * query[2] * query[3] * key[2])
+
+
+_INPUTS = "Tensor query, Tensor key, Tensor value, Tensor? bias, Tensor? key_mask"
+register(
+    f"attention({_INPUTS}, float scale, str implementation) -> (Tensor, Tensor)",
+    _forward,
+    fake=_fake,
+    flops=_flops,
+    setup_context=_setup_context,
+    autograd=_autograd,
+)
+register(
+    f"attention_backward(Tensor grad, {_INPUTS}, Tensor stats, float scale, bool bias_grad, str implementation) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+    _backward,
+    fake=_fake_backward,
+    flops=_flops_backward,
+    backward_of="attention",
+)

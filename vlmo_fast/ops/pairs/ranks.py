@@ -8,10 +8,22 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from vlmo_fast.ops import _contrastive, _similarity, reference
-from vlmo_fast.ops.dispatch import Problem, select
+from vlmo_fast.ops import reference
+from vlmo_fast.ops.dispatch import load, select
+from vlmo_fast.ops.pairs.blocks import blocks, matmul_operand, require, require_finite, similarities
+from vlmo_fast.ops.pairs.checks import check_embeddings, check_positives, problem_of
+from vlmo_fast.ops.pairs.lse import accumulation_dtype
+from vlmo_fast.ops.types import Problem
 
-__all__ = ["RetrievalRanks", "SimilarityTopk", "recall_at_k", "retrieval_ranks", "similarity_topk"]
+__all__ = [
+    "RetrievalRanks",
+    "SimilarityTopk",
+    "ranks_in_blocks",
+    "recall_at_k",
+    "retrieval_ranks",
+    "similarity_topk",
+    "topk_in_blocks",
+]
 
 
 class RetrievalRanks(NamedTuple):
@@ -68,37 +80,38 @@ def retrieval_ranks(
     """
     op = "retrieval_ranks"
     one = torch.ones((), dtype=image_embeds.dtype, device=image_embeds.device)
-    _contrastive._check(op, image_embeds, text_embeds, one, image_ids, text_ids)
+    check_embeddings(op, image_embeds, text_embeds, one, image_ids, text_ids)
     if image_ids is not None and text_ids is not None:
-        _contrastive._check_positives(op, image_ids, text_ids)
-    implementation = select(op, _contrastive._problem(image_embeds, text_embeds), backend)
+        check_positives(op, image_ids, text_ids)
+    find = load(op, select(op, problem_of(image_embeds, text_embeds), backend))
     with torch.no_grad(), torch.autocast(image_embeds.device.type, enabled=False):
-        _similarity.require_finite(op, "image_embeds and text_embeds", image_embeds, text_embeds)
-        if implementation == "eager":
-            return RetrievalRanks(*reference.retrieval_ranks(image_embeds, text_embeds, image_ids, text_ids))
-        return RetrievalRanks(
-            _ranks(image_embeds, text_embeds, image_ids, text_ids),
-            _ranks(text_embeds, image_embeds, text_ids, image_ids),
-        )
+        require_finite(op, "image_embeds and text_embeds", image_embeds, text_embeds)
+        return RetrievalRanks(*find(image_embeds, text_embeds, image_ids, text_ids))
+
+
+def ranks_in_blocks(
+    image_embeds: Tensor, text_embeds: Tensor, image_ids: Tensor | None, text_ids: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """`reference.retrieval_ranks` in linear memory; arguments and results as there."""
+    of_images = _ranks(image_embeds, text_embeds, image_ids, text_ids)
+    return of_images, _ranks(text_embeds, image_embeds, text_ids, image_ids)
 
 
 def _ranks(rows: Tensor, columns: Tensor, row_ids: Tensor | None, column_ids: Tensor | None) -> Tensor:
     ranks = torch.empty(len(rows), dtype=torch.int64, device=rows.device)
-    rows, columns = _similarity.working(rows), _similarity.working(columns)
-    one = torch.ones((), dtype=_similarity.wide(rows.dtype), device=rows.device)
+    rows, columns = matmul_operand(rows), matmul_operand(columns)
+    one = torch.ones((), dtype=accumulation_dtype(rows.dtype), device=rows.device)
     index = torch.arange(len(columns), device=rows.device)
     first = _first_equal(columns)
-    for part in _similarity.blocks(len(rows), len(columns), rows):
-        scores = _similarity.similarities(rows[part], columns, one)  # (R, M)
+    for part in blocks(len(rows), len(columns), rows):
+        scores = similarities(rows[part], columns, one)  # (R, M)
         scores = scores if first is None else scores[:, first]
         if row_ids is None or column_ids is None:
             match = index[part, None]  # (R, 1)
         else:
             negative = row_ids[part, None] != column_ids
             match = scores.masked_fill(negative, float("-inf")).argmax(1, keepdim=True)
-            _similarity.require(
-                ~negative.all(1).any(), "retrieval_ranks: each row must have a match, got one with none"
-            )
+            require(~negative.all(1).any(), "retrieval_ranks: each row must have a match, got one with none")
         best = scores.gather(1, match)
         ranks[part] = 1 + ((scores > best) | ((scores == best) & (index < match))).sum(1)
     return ranks
@@ -151,30 +164,29 @@ def similarity_topk(queries: Tensor, candidates: Tensor, k: int, *, backend: str
         )
     if not 1 <= k <= len(candidates):
         raise ValueError(f"{op}: k must be from 1 to {len(candidates)}, got {k}")
-    implementation = select(op, Problem(queries.device.type, queries.dtype, False), backend)
+    find = load(op, select(op, Problem(queries.device.type, queries.dtype, False), backend))
     with torch.no_grad(), torch.autocast(queries.device.type, enabled=False):
-        _similarity.require_finite(op, "queries and candidates", queries, candidates)
-        if implementation == "eager":
-            return SimilarityTopk(*reference.similarity_topk(queries, candidates, k))
-        return _topk(queries, candidates, k)
+        require_finite(op, "queries and candidates", queries, candidates)
+        return SimilarityTopk(*find(queries, candidates, k))
 
 
-def _topk(queries: Tensor, candidates: Tensor, k: int) -> SimilarityTopk:
-    dtype = _similarity.wide(queries.dtype)
+def topk_in_blocks(queries: Tensor, candidates: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """`reference.similarity_topk` in linear memory; arguments and results as there."""
+    dtype = accumulation_dtype(queries.dtype)
     values = torch.empty(len(queries), k, dtype=dtype, device=queries.device)
     indices = torch.empty(len(queries), k, dtype=torch.int64, device=queries.device)
-    rows, columns = _similarity.working(queries), _similarity.working(candidates)
+    rows, columns = matmul_operand(queries), matmul_operand(candidates)
     one = torch.ones((), dtype=dtype, device=queries.device)
     first = _first_equal(columns)
-    for part in _similarity.blocks(len(rows), len(columns), rows):
-        scores = _similarity.similarities(rows[part], columns, one)  # (R, M)
+    for part in blocks(len(rows), len(columns), rows):
+        scores = similarities(rows[part], columns, one)  # (R, M)
         scores = scores if first is None else scores[:, first]
         if dtype == torch.float32:
             indices[part] = _key(scores).topk(k).values.bitwise_and_(0xFFFFFFFF).bitwise_xor_(0xFFFFFFFF)
         else:
             indices[part] = scores.sort(dim=1, descending=True, stable=True).indices[:, :k]
         values[part] = scores.gather(1, indices[part])
-    return SimilarityTopk(values, indices)
+    return values, indices
 
 
 def _key(scores: Tensor) -> Tensor:

@@ -1,0 +1,359 @@
+"""Life under torch's tools: whatever replaces, wraps, watches or patches a module of the network is called.
+
+Each is compared with `plain`, the image encoder and text encoder written out with nothing but calls of the modules.
+"""
+
+import copy
+import threading
+
+import pytest
+import torch
+from test_model import build, inputs, run
+from torch import nn
+from torch.nn import functional as F
+from torch.nn.modules.module import register_module_forward_hook
+from torch.nn.utils import parametrize, prune, weight_norm
+
+from vlmo_fast import MoMETransformer
+from vlmo_fast.nn import ContrastiveLoss, ExpertFeedForward
+
+
+def plain(model: MoMETransformer, modality: str) -> torch.Tensor:
+    """Embeddings of images or texts alone, (B, D), by calls of the modules."""
+    ids, mask, pixels = inputs(dtype=next(model.parameters()).dtype)
+    if modality == "image":
+        x = model.image_embeddings(pixels, 3, None) + model.modality_type_embeddings(torch.tensor(1))
+        biases, visible, expert = model.relative_position_bias(0, (3,)), torch.ones(x.shape[:2]).bool(), "vision"
+    else:
+        x = model.text_embeddings(ids) + model.modality_type_embeddings(torch.tensor(0))
+        biases, visible, expert = model.relative_position_bias(ids.shape[1], ()), mask.bool(), "language"
+    for layer, block in enumerate(model.blocks):
+        attention = block.attention
+        qkv = attention.qkv(block.attention_norm(x))
+        qkv = qkv + torch.cat([attention.q_bias, torch.zeros_like(attention.q_bias), attention.v_bias])
+        q, k, v = qkv.unflatten(2, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4)  # (B, heads, S, d) each
+        scores = q @ k.transpose(2, 3) * q.shape[-1] ** -0.5 + biases[layer]
+        scores = scores.masked_fill(~visible[:, None, None], float("-inf"))
+        attended = (scores.softmax(-1) @ v).transpose(1, 2).flatten(2)
+        x = x + block.attention_layer_scale * attention.dropout(attention.projection(attended))
+        x = x + block.ffn_layer_scale * block.experts[expert](x)
+    projection = model.image_projection if modality == "image" else model.text_projection
+    return F.normalize(projection(model.norm(x)[:, 0]), dim=-1)
+
+
+def ours(model: MoMETransformer, modality: str, **options: bool) -> torch.Tensor:
+    output = run(model, modality, **options)
+    return output.image_embeds if modality == "image" else output.text_embeds
+
+
+def agree(model: MoMETransformer, cls_only: tuple[bool, ...] = (False, True)) -> None:
+    """As `plain`, with and without the last layer's shortcut, which for texts drops the padding."""
+    for modality in ("image", "text"):
+        wanted = plain(model, modality)
+        for shortcut in cls_only:
+            torch.testing.assert_close(ours(model, modality, cls_only=shortcut), wanted, atol=1e-5, rtol=0)
+
+
+class Lora(nn.Module):
+    """A low-rank adapter as peft makes it: it has the layer's attributes, and a forward of its own."""
+
+    def __init__(self, base_layer: nn.Linear, rank: int = 3) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.lora_A = nn.Linear(base_layer.in_features, rank, bias=False)
+        self.lora_B = nn.Linear(rank, base_layer.out_features, bias=False)
+        nn.init.normal_(self.lora_B.weight, std=0.3)
+
+    @property
+    def weight(self) -> torch.Tensor:
+        return self.base_layer.weight
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        return self.base_layer.bias
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.base_layer(x) + self.lora_B(self.lora_A(x))
+
+    def merged(self) -> nn.Linear:
+        with torch.no_grad():
+            self.base_layer.weight += self.lora_B.weight @ self.lora_A.weight
+        return self.base_layer
+
+
+def test_the_network_written_out() -> None:
+    agree(build())
+
+
+def test_low_rank_adapters_train_and_merge() -> None:
+    model = build()
+    before = ours(model, "image")
+    model.requires_grad_(False)
+    for block in model.blocks:
+        block.attention.qkv = Lora(block.attention.qkv)
+        for expert in block.experts.values():
+            expert.fc1 = Lora(expert.fc1)
+    assert (ours(model, "image") - before).abs().max() > 1e-2
+    agree(model)
+    pair = run(model, "pair").pooler_output.sum() + run(model, "image_vl").vl_image_embeds.sum()
+    (pair + ours(model, "image").sum() + ours(model, "text").square().sum()).backward()
+    adapters = {name: p for name, p in model.named_parameters() if "lora" in name}
+    assert len(adapters) == 2 * (4 + 2 * 2 + 2 * 3)
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in adapters.values())
+    adapted = [ours(model, modality).detach() for modality in ("image", "text")]
+    for block in model.blocks:
+        block.attention.qkv = block.attention.qkv.merged()
+        for expert in block.experts.values():
+            expert.fc1 = expert.fc1.merged()
+    for modality, wanted in zip(("image", "text"), adapted, strict=True):
+        torch.testing.assert_close(ours(model, modality), wanted, atol=1e-5, rtol=0)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+def test_dynamic_quantization() -> None:
+    model = build()
+    quantized = torch.ao.quantization.quantize_dynamic(copy.deepcopy(model), {nn.Linear}, dtype=torch.qint8)
+    assert type(quantized.blocks[0].attention.qkv) is not nn.Linear
+    with torch.no_grad():
+        agree(quantized, cls_only=(False,))  # activations share one scale: fewer rows have another
+        for modality in ("image", "text"):
+            for shortcut in (False, True):
+                found = ours(quantized, modality, cls_only=shortcut)
+                assert (found * ours(model, modality)).sum(1).min() > 0.95
+                assert not torch.equal(found, ours(model, modality))
+
+
+@pytest.mark.parametrize(
+    "name", ["attention.qkv", "attention.projection", "experts.vision.fc1", "experts.language.fc2"]
+)
+def test_pruning_and_parametrizations(name: str) -> None:
+    pruned = build()
+    prune.l1_unstructured(pruned.blocks[1].get_submodule(name), "weight", amount=0.6)
+    agree(pruned)
+    modality = "text" if "language" in name else "image"
+    assert (ours(pruned, modality) - ours(build(), modality)).abs().max() > 1e-3
+    ours(pruned, modality).sum().backward()
+    assert pruned.blocks[1].get_submodule(name).weight_orig.grad.abs().sum() > 0
+
+    class Doubled(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return 2 * x
+
+    doubled = build()
+    parametrize.register_parametrization(doubled.blocks[1].get_submodule(name), "weight", Doubled())
+    agree(doubled)
+    assert (ours(doubled, modality) - ours(build(), modality)).abs().max() > 1e-3
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_weight_norm_by_a_hook() -> None:
+    model = build()
+    weight_norm(model.blocks[0].attention.qkv)
+    with torch.no_grad():
+        model.blocks[0].attention.qkv.weight_g.mul_(2)
+    agree(model)
+
+
+@pytest.mark.parametrize(
+    "table", ["modality_type_embeddings", "text_embeddings.token_type_embeddings", "text_embeddings.word_embeddings"]
+)
+def test_embedding_tables(table: str) -> None:
+    model = build()
+
+    class Doubled(nn.Embedding):
+        def forward(self, index: torch.Tensor) -> torch.Tensor:
+            return 2 * super().forward(index)
+
+    old = model.get_submodule(table)
+    new = Doubled(*old.weight.shape, _weight=old.weight.detach())
+    model.set_submodule(table, new)
+    agree(model)
+    assert (ours(model, "text") - ours(build(), "text")).abs().max() > 1e-3
+
+
+def test_position_embeddings() -> None:
+    model, calls = build("absolute"), []
+    model.text_embeddings.position_embeddings.register_forward_hook(lambda *_: calls.append(1))
+    seen = [ours(model, "text", cls_only=cls_only) for cls_only in (False, True)]
+    assert len(calls) == 2
+    for found in seen:
+        torch.testing.assert_close(found, ours(build("absolute"), "text"), atol=1e-5, rtol=0)
+
+
+PARTS = ("attention.qkv", "attention.projection", "experts.vision", "experts.vision.norm", "experts.vision.fc2")
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_every_kind_of_hook_is_called(name: str) -> None:
+    kinds = {
+        "forward": lambda module, note: module.register_forward_hook(lambda *_: note()),
+        "before": lambda module, note: module.register_forward_pre_hook(lambda *_: note()),
+        "with keywords": lambda module, note: module.register_forward_hook(lambda *_: note(), with_kwargs=True),
+        "always": lambda module, note: module.register_forward_hook(lambda *_: note(), always_call=True),
+        "backward": lambda module, note: module.register_full_backward_hook(lambda *_: note()),
+        "before backward": lambda module, note: module.register_full_backward_pre_hook(lambda *_: note()),
+    }
+    for kind, register in kinds.items():
+        model, calls = build(), []
+        register(model.blocks[2].get_submodule(name), lambda calls=calls: calls.append(1))
+        ours(model, "image").sum().backward()
+        assert len(calls) == 1, kind
+        agree(model)
+
+
+def test_global_hooks_see_every_linear_layer() -> None:
+    model, seen = build(), set()
+    handle = register_module_forward_hook(lambda module, *_: seen.add(module))
+    try:
+        ours(model, "image")
+    finally:
+        handle.remove()
+    for block in model.blocks:
+        assert {block.attention.qkv, block.experts["vision"].fc1, block.experts["vision"].norm} <= seen
+
+
+def test_patched_classes_and_instances(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, forward = build(), nn.Linear.forward
+    model.blocks[0].experts["vision"].fc1.forward = lambda x: torch.zeros(*x.shape[:-1], 96)
+    agree(model)
+    monkeypatch.setattr(nn.Linear, "forward", lambda self, x: 1.5 * forward(self, x))
+    agree(model)
+    unpatched = ours(build(), "image")
+    monkeypatch.undo()
+    assert (ours(build(), "image") - unpatched).abs().max() > 1e-3
+
+
+def test_a_whole_expert_or_norm_is_replaced() -> None:
+    model = build()
+    model.blocks[1].experts["vision"] = nn.Sequential(nn.LayerNorm(24), nn.Linear(24, 24))
+    model.blocks[3].experts["language"].norm = nn.Identity()
+    model.blocks[0].attention.qkv = nn.Sequential(nn.Linear(24, 8), nn.Linear(8, 72))
+    agree(model)
+
+
+def test_one_experts_epsilon() -> None:
+    model = build()
+    model.blocks[0].experts["language"].norm.eps = 0.5
+    pair = run(model, "pair").last_hidden_state
+    model.blocks[0].experts["language"].register_forward_hook(lambda *_: None)
+    torch.testing.assert_close(pair, run(model, "pair").last_hidden_state, atol=1e-5, rtol=0)
+
+
+def test_dropout_left_on_in_evaluation() -> None:
+    """Monte-Carlo dropout: somebody turns on the dropout modules alone."""
+    model = build(hidden_dropout=0.5)
+    assert torch.equal(ours(model, "image"), ours(model, "image"))
+    for module in model.modules():
+        if isinstance(module, nn.Dropout) and module is not model.text_embeddings.dropout:
+            module.train()
+    model.blocks[0].attention.dropout.eval()
+    for block in model.blocks:
+        block.attention.dropout.eval()
+    assert not torch.equal(ours(model, "image"), ours(model, "image"))
+
+
+def test_expert_feed_forward_calls_what_was_replaced() -> None:
+    torch.manual_seed(0)
+    module = ExpertFeedForward(8, layer_scale_init_value=0.5)
+    x, groups = torch.randn(2, 5, 8), (("language", 2), ("vision", 3))
+    before = module(x, groups)
+    module.experts["vision"].fc1 = Lora(module.experts["vision"].fc1)
+    after = module(x, groups)
+    assert torch.allclose(after[:, :2], before[:, :2], atol=1e-6)
+    parts = [expert(part) for expert, part in zip(module.experts.values(), x.split([2, 3], dim=1), strict=False)]
+    torch.testing.assert_close(after, x + 0.5 * torch.cat(parts, dim=1), atol=1e-5, rtol=0)
+
+
+def test_eight_threads_share_a_model() -> None:
+    model = build()
+    generator = torch.Generator().manual_seed(0)
+    texts = [torch.randint(0, 50, (2, length), generator=generator) for length in range(1, 11)]
+    with torch.no_grad():
+        wanted = [model(ids).text_embeds for ids in texts]
+    failures: list[BaseException] = []
+
+    def work(start: int) -> None:
+        try:
+            with torch.no_grad():
+                for step in range(60):
+                    number = (start + step) % len(texts)
+                    assert torch.equal(model(texts[number]).text_embeds, wanted[number])
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=work, args=(start,)) for start in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+
+
+def test_inference_mode_makes_and_runs_a_model() -> None:
+    with torch.inference_mode():
+        model = build()
+        inside = [ours(model, "image"), ours(model, "image"), ours(model, "text", cls_only=True)]
+    with torch.no_grad():
+        outside = [ours(model, "image"), ours(model, "image"), ours(model, "text", cls_only=True)]
+    for a, b in zip(inside, outside, strict=True):
+        assert torch.equal(a, b)
+    kept = build()
+    with torch.inference_mode():
+        ours(kept, "image")
+    torch.testing.assert_close(ours(kept, "image"), inside[0], atol=1e-6, rtol=0)
+    ours(kept, "image").sum().backward()
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_traced_with_padding() -> None:
+    """The shortcut that looks at the mask is off while a tracer records: it would keep the traced batch's lengths."""
+    model = build().requires_grad_(False)
+
+    class First(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+            return self.model(ids, mask, cls_only=True).text_embeds
+
+    ids, mask, _ = inputs()
+    traced = torch.jit.trace(First(), (ids, mask), check_trace=False)
+    other = torch.ones_like(mask)
+    other[0, 2:] = other[2, 5:] = 0
+    torch.testing.assert_close(traced(ids, other), model(ids, other, cls_only=True).text_embeds, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("options", [{}, {"cls_only": True}])
+def test_compiled_whole_where_nobody_watches(options: dict[str, bool]) -> None:
+    model = build().requires_grad_(False)
+    compiled = torch.compile(lambda pixels: model(pixel_values=pixels, **options).image_embeds, fullgraph=True)
+    pixels = inputs()[2]
+    torch.testing.assert_close(compiled(pixels), model(pixel_values=pixels).image_embeds, atol=1e-5, rtol=0)
+
+
+def test_inputs_of_another_dtype_or_kind_are_named() -> None:
+    model, (ids, _, pixels) = build(), inputs()
+    with pytest.raises(TypeError, match=r"dtype of the model's weights, torch.float32, got torch.float64"):
+        model(pixel_values=pixels.double())
+    with pytest.raises(TypeError, match=r"weights, torch.float16, got torch.float32"):
+        copy.deepcopy(model).half()(pixel_values=pixels)
+    with pytest.raises(TypeError, match="input_ids must be a tensor, got list"):
+        model(input_ids=ids.tolist())
+    with torch.autocast("cpu", torch.bfloat16):
+        model(pixel_values=pixels)
+
+
+def test_a_bounded_scale_can_come_back() -> None:
+    """Beyond its bound it is set back, and its gradient never vanishes."""
+    loss = ContrastiveLoss(max_logit_scale=100)
+    images = F.normalize(torch.randn(4, 8, generator=torch.Generator().manual_seed(0)), dim=1)
+    with torch.no_grad():
+        loss.logit_scale.fill_(7.0)
+    value = loss(images, images.flip(0))
+    assert loss.logit_scale.exp().item() == pytest.approx(100)
+    value.backward()
+    assert loss.logit_scale.grad.item() > 0  # wrong pairs: a smaller scale is better
+    optimizer = torch.optim.SGD(loss.parameters(), lr=0.01)
+    optimizer.step()
+    assert loss.logit_scale.exp() < 100
