@@ -96,9 +96,9 @@ def profiles(item: pytest.Item) -> dict[str, int]:
 @pytest.fixture(scope="session")
 def extensions_built() -> None:
     """The libraries of `csrc/` that this machine can build and use."""
-    from vlmo_fast import build
+    from vlmo_fast import cli
 
-    build.main(["--optional", "cpu", *(["cuda"] if torch.cuda.is_available() else [])])
+    cli.main(["build", "--optional", "cpu", *(["cuda"] if torch.cuda.is_available() else [])])
 
 
 @pytest.fixture

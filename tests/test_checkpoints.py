@@ -405,6 +405,25 @@ def test_files_that_are_no_checkpoints(tmp_path):
         assert caught.value.__cause__ is not None
 
 
+def test_what_is_wrong_with_a_file_is_said_in_our_words(tmp_path):
+    """Never with torch's advice to load it unprotected."""
+    path = tmp_path / "file.pt"
+    cases = {
+        b"": "got an empty file",
+        b"import os\nos.abort()\n": "got a file that begins with b'import os",
+        b"\x80\x04.": "got .+",
+        pickle.dumps(os.system): "got one that holds something else",
+    }
+    for content, reason in cases.items():
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=reason) as caught:
+            load_official(path)
+        message = str(caught.value)
+        assert "weights_only" not in message
+        assert "\n" not in message
+        assert len(message) < 300 + len(str(path))
+
+
 def test_absent_files(tmp_path):
     for path in (tmp_path / "none.pt", tmp_path):
         with pytest.raises(FileNotFoundError, match=f"must be a checkpoint file.*, got {path}$"):
@@ -751,6 +770,26 @@ def test_settings_reach_the_model():
         load(filled("vqa", "tiny_rel"), "tiny_rel", hidden_size=32)
     with pytest.raises(ValueError, match="load_official: task must be one of"):
         load(filled("vqa", "tiny_rel"), "tiny_rel", task="captioning")
+
+
+@pytest.mark.parametrize("reader", [load_official, vlmo_fast.load], ids=lambda reader: reader.__name__)
+def test_text_dropout_is_the_drop_path_rate_as_in_the_release(reader, tmp_path, caplog):
+    """Unless it is given; a line says so."""
+    torch.save(small("irtr"), tmp_path / "in.pt")
+
+    def rates(**settings):
+        model = reader(tmp_path / "in.pt", **settings)
+        backbone = getattr(model, "model", model).backbone
+        return backbone.blocks[-1].drop_path_rate, backbone.text_embeddings.dropout.p
+
+    with caplog.at_level(logging.WARNING, "vlmo_fast"):
+        assert rates(drop_path_rate=0.3) == (pytest.approx(0.3), 0.3)
+        assert len(caplog.records) == 1
+        assert "text_embedding_dropout is drop_path_rate, 0.3, as in the release" in caplog.text
+        caplog.clear()
+        assert rates(drop_path_rate=0.3, text_embedding_dropout=0.0) == (pytest.approx(0.3), 0.0)
+        assert rates() == (0.0, 0.0)
+        assert not caplog.records
 
 
 # Every damage to the values and the bytes

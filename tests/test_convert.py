@@ -1,6 +1,7 @@
 """`vlmo-fast convert`: every kind in, folders and released files out, one message and no output where it fails."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -14,20 +15,21 @@ from test_pretrained import assert_image_path, beit, bert, released
 from transformers import AutoProcessor, BeitForImageClassification
 
 import vlmo_fast
-from vlmo_fast import convert
-from vlmo_fast.formats.official import IGNORED, official_state_dict, open_saved
+from vlmo_fast import VLMoConfig, VLMoProcessor, cli
+from vlmo_fast.formats.loading import open_saved
+from vlmo_fast.formats.official import IGNORED, official_state_dict
 
 ROOT = Path(__file__).parents[1]
 HEADS = ("--num-attention-heads", "2")
 
 
 def run(capsys, *arguments: object) -> dict:
-    assert convert.main([*map(str, arguments), "--json"]) == 0
+    assert cli.main(["convert", *map(str, arguments), "--json"]) == 0
     return json.loads(capsys.readouterr().out)
 
 
 def refuse(capsys, *arguments: object) -> str:
-    assert convert.main(list(map(str, arguments))) == 1
+    assert cli.main(["convert", *map(str, arguments)]) == 1
     shown = capsys.readouterr()
     assert shown.out == ""
     assert shown.err.startswith("vlmo-fast convert: ")
@@ -137,7 +139,7 @@ def test_a_processor_beside_the_model(tmp_path, capsys):
     assert processor.tokenizer("cat dog")["input_ids"] == [2, 5, 1, 3]
     assert processor.tokenizer.model_max_length == 6
     assert processor.image_processor.size == {"height": 12, "width": 12}
-    assert "--vocab must come with a folder" in refuse(capsys, tmp_path / "in.pt", "x.pt", "--vocab", vocabulary)
+    assert "a vocabulary needs a folder as OUT" in refuse(capsys, tmp_path / "in.pt", "x.pt", "--vocab", vocabulary)
     assert "vocabulary must be a file" in refuse(capsys, tmp_path / "in.pt", tmp_path / "new", "--vocab", tmp_path)
     vocabulary.write_text("\n".join(map(str, range(99))))
     assert "vocabulary must" in refuse(capsys, tmp_path / "in.pt", tmp_path / "new", "--vocab", vocabulary)
@@ -171,10 +173,10 @@ def test_failures_leave_nothing(tmp_path, capsys, monkeypatch):
     cases = {
         "nan.pt": "got NaN or infinity in 1 of .* tensors:\n  pooler.dense.bias",
         "missing.pt": "missing: transformer.blocks.0.norm1.weight",
-        "foreign.pt": r"must be a VLMo or a BEiT, got .* with 1 tensors such as \['a'\]",
+        "foreign.pt": r"must hold a VLMo or a BEiT, got .* with 1 tensors such as \['a'\]",
         "cut.pt": "must be a readable torch checkpoint",
         "hostile.pt": "must be a readable torch checkpoint of tensors alone",
-        "absent.pt": "must be a checkpoint file",
+        "absent.pt": "must be a folder or a checkpoint file",
         "bert": "got a folder with a model of type 'bert'",
         "odd": "config.json must be a configuration",
     }
@@ -214,16 +216,108 @@ def test_what_is_there_stays_unless_told(tmp_path, capsys):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in.pt", "out", "out.pt"]
 
 
+@pytest.fixture
+def dual(tmp_path, capsys):
+    """A dual encoder with a processor that is not the default one, and a file of the user's."""
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "cat", "Cat"]
+    (tmp_path / "vocab.txt").write_text("\n".join(words))
+    config = VLMoConfig(**{**SMALL, "vocab_size": len(words)})
+    folder = tmp_path / "small"
+    vlmo_fast.VLMoForImageTextRetrieval(config).save_pretrained(folder)
+    processor = VLMoProcessor.from_vocabulary(tmp_path / "vocab.txt", config)
+    processor.image_processor.image_mean = (0.25, 0.5, 0.75)
+    processor.save_pretrained(folder)
+    (folder / "notes.md").write_text("mine")
+    capsys.readouterr()
+    return folder
+
+
+@pytest.mark.parametrize("out", ["other", "small", "link"])
+def test_tokenizer_and_processor_come_along(dual, out, tmp_path, capsys):
+    """Into another folder and into IN itself, fitted to the sizes asked for; in place nothing else is lost."""
+    (tmp_path / "link").symlink_to(dual)
+    options = () if out == "other" else ("--overwrite",)
+    report = run(capsys, dual, tmp_path / out, "--image-size", 24, "--max-text-length", 4, *options)
+    assert report["has_vocabulary"]
+    model, processor = vlmo_fast.load(tmp_path / out)
+    assert model.config.image_size == 24
+    assert tuple(processor.image_processor.image_mean) == (0.25, 0.5, 0.75)
+    assert processor.image_processor.size == {"height": 24, "width": 24}
+    assert processor(text="Cat cat cat cat")["input_ids"] == [2, 6, 5, 3]
+    assert (tmp_path / out / "modules.json").is_file()
+    assert (tmp_path / out / "notes.md").is_file() == (out != "other")
+    assert (tmp_path / "link").is_symlink()
+    assert len(list((tmp_path / out).glob("*.safetensors"))) == 1
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_out_may_not_swallow_in(dual, capsys):
+    message = "OUT must not be a folder that IN lies in"
+    assert message in refuse(capsys, dual / "model.safetensors", dual, "--overwrite")
+    assert message in refuse(capsys, dual, dual.parent, "--overwrite")
+    assert (dual / "model.safetensors").is_file()
+    (dual.parent / "there.pt").mkdir()
+    assert "OUT must be a file to be replaced" in refuse(capsys, dual, dual.parent / "there.pt", "--overwrite")
+
+
+def test_numbers_that_the_dtype_cannot_hold(tmp_path, capsys):
+    """Refused by name before anything is written; bfloat16 is the way out."""
+    state = small("irtr")
+    state["pooler.dense.bias"] = torch.full_like(state["pooler.dense.bias"], 1e5)
+    torch.save(state, tmp_path / "in.pt")
+    for out in ("out", "out.pt"):
+        message = refuse(capsys, tmp_path / "in.pt", tmp_path / out, "--dtype", "float16")
+        assert "must hold numbers up to 1e+05, got float16" in message
+        assert "bfloat16" in message
+        assert message.endswith("\n  backbone.pooler.bias\n")
+        assert not (tmp_path / out).exists()
+    assert run(capsys, tmp_path / "in.pt", tmp_path / "out", "--dtype", "bfloat16")["dtype"] == "bfloat16"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="POSIX limits")
+@pytest.mark.parametrize("out", ["out", "out.pt"])
+def test_a_full_disk_is_one_message(out, tmp_path):
+    """Files may grow to 20 kB here, as if the disk were full then."""
+    torch.save(small(), tmp_path / "in.pt")
+    code = f"""
+import resource, sys
+from vlmo_fast import cli
+from vlmo_fast.formats import convert
+resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+sys.exit(cli.main(["convert", {str(tmp_path / "in.pt")!r}, {str(tmp_path / out)!r}]))
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (1, "")
+    (line,) = (line for line in done.stderr.splitlines() if line.startswith("vlmo-fast"))
+    assert line.startswith(f"vlmo-fast convert: {tmp_path / out} cannot be written: File too large")
+    assert "Traceback" not in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["in.pt"]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="POSIX permissions")
+def test_outputs_are_as_readable_as_other_files(dual, tmp_path, capsys):
+    """Folders and files, by the user's umask; safetensors' own files are the owner's alone."""
+    before = os.umask(0o027)
+    try:
+        run(capsys, dual, tmp_path / "out")
+        run(capsys, dual, tmp_path / "out.pt", "--task", "vqa")
+    finally:
+        os.umask(before)
+    modes = {path.stat().st_mode & 0o777 for path in (tmp_path / "out").iterdir()}
+    assert modes == {0o640} == {(tmp_path / "out.pt").stat().st_mode & 0o777}
+    assert (tmp_path / "out").stat().st_mode & 0o777 == 0o750
+
+
 def test_dry_run_and_text(tmp_path, capsys):
     torch.save(small(), tmp_path / "in.pt")
-    assert convert.main([str(tmp_path / "in.pt"), "--dry-run", "--task", "vqa"]) == 0
+    assert cli.main(["convert", str(tmp_path / "in.pt"), "--dry-run", "--task", "vqa"]) == 0
     text = capsys.readouterr().out
     assert "VLMoForQuestionAnswering (vqa) from a pretrain checkpoint" in text
     assert "and 4 more (--verbose)" in text or "--verbose" in text
     assert "nothing written (--dry-run)" in text
     assert [path.name for path in tmp_path.iterdir()] == ["in.pt"]
     with pytest.raises(SystemExit):
-        convert.main([str(tmp_path / "in.pt")])
+        cli.main(["convert", str(tmp_path / "in.pt")])
     assert "OUT is missing" in capsys.readouterr().err
 
 

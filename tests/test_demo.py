@@ -8,10 +8,11 @@ import sys
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from transformers import TrainingArguments
 
 import vlmo_fast
-from vlmo_fast import demo
+from vlmo_fast import cli, demo, requirements
 from vlmo_fast.data.synthetic.scenes import ONE_IMAGE_STATEMENT_TYPES, STATEMENT_TYPES
 from vlmo_fast.demo.recipe import (
     DemoData,
@@ -21,6 +22,7 @@ from vlmo_fast.demo.recipe import (
     Recipe,
     Stage,
     StepBatches,
+    encode_images,
     halves,
     make_network,
     orthogonalize,
@@ -388,11 +390,31 @@ def test_the_saved_heads_load(finished):
     vlmo_fast.VLMoForQuestionAnswering.from_pretrained(folder / "answering")
 
 
+def test_the_saved_folders_are_like_all_others(finished, data, tmp_path, capsys):
+    """With their processor, which reads pictures and questions as training did, and nothing of other heads."""
+    _, folder = finished
+    question, picture = data.easy_vqa["test"].questions[0], np.ascontiguousarray(data.easy_vqa["test"].images[0])
+    for name in ("retrieval", "answering"):
+        model, processor = vlmo_fast.load(folder / name)
+        inputs = processor(images=Image.fromarray(picture), text=question, return_tensors="pt")
+        wanted = {**data.encode_texts([question]), "pixel_values": encode_images(picture[None])}
+        for key, tensor in wanted.items():
+            torch.testing.assert_close(inputs[key], tensor)
+        assert model(**inputs) is not None
+        assert cli.main(["convert", str(folder / name), str(tmp_path / name)]) == 0
+    assert model.config.id2label[3] == data.answers[3]
+    (tmp_path / "texts.txt").write_text(f"{question}\n")
+    options = ("--texts", tmp_path / "texts.txt", "--store", tmp_path / "store")
+    assert cli.main(["embed", str(folder / "retrieval"), str(tmp_path / "out.npy"), *map(str, options)]) == 0
+    assert np.load(tmp_path / "out.npy").shape == (1, TINY.hidden_size)
+    capsys.readouterr()
+
+
 def test_the_command_writes_results_and_report(monkeypatch, tmp_path, capsys, finished):
     """The command around the run: files, summary, and the recipe that the options ask for."""
     asked = []
     monkeypatch.setattr(demo, "run", lambda recipe, folder, split: asked.append((recipe, split)) or finished[0])
-    assert demo.main(["--output", str(tmp_path), "--steps", "7", "--seed", "3", "--split", "validation"]) == 0
+    assert cli.main(["demo", "--output", str(tmp_path), "--steps", "7", "--seed", "3", "--split", "validation"]) == 0
     assert [(recipe.num_steps, recipe.seed, split) for recipe, split in asked] == [(7, 3, "validation")]
     saved = json.loads((tmp_path / "results.json").read_text())
     assert saved["retrieval"]["text_to_image"]["1"] == finished[0].retrieval.text_to_image[1]
@@ -404,14 +426,22 @@ def test_the_command_writes_results_and_report(monkeypatch, tmp_path, capsys, fi
 
 
 def test_what_is_missing_is_named(monkeypatch, capsys):
-    monkeypatch.setattr(demo, "_missing", lambda: ["easy_vqa"])
-    assert demo.main([]) == 1
+    find_spec = requirements.find_spec
+    monkeypatch.setattr(requirements, "find_spec", lambda name: None if name == "easy_vqa" else find_spec(name))
+    assert cli.main(["demo"]) == 1
     error = capsys.readouterr().err
-    assert "easy_vqa" in error
+    assert error.startswith("vlmo-fast demo: the package easy-vqa must be installed, got none; to install it: ")
     assert "pip install" in error
+
+
+def test_output_is_a_folder(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert cli.main(["demo", "--output", str(tmp_path / "file")]) == 1
+    wanted = f"vlmo-fast demo: --output must be a folder, got the file {tmp_path / 'file'}\n"
+    assert capsys.readouterr().err == wanted
 
 
 def test_refuses_no_steps(capsys):
     with pytest.raises(SystemExit):
-        demo.main(["--steps", "0"])
-    assert "--steps must be at least 1, got 0" in capsys.readouterr().err
+        cli.main(["demo", "--steps", "0"])
+    assert "--steps: must be at least 1, got 0" in capsys.readouterr().err

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from vlmo_fast import doctor, extensions
+from vlmo_fast import cli, extensions
 
 
 def test_extensions(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -15,9 +15,9 @@ def test_extensions(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pyt
     extensions.library("cuda").touch()
     (tmp_path / extensions.library("cpu").name.replace("-torch", "-torch1")).touch()
     try:
-        assert doctor.main(["--json"]) == 0
+        assert cli.main(["doctor", "--json"]) == 0
         cpu, cuda = json.loads(capsys.readouterr().out)["extensions"]
-        assert doctor.main([]) == 0
+        assert cli.main(["doctor"]) == 0
     finally:
         extensions.library.cache_clear()
     assert (cuda["path"], cuda["install"]) == (str(tmp_path / Path(cuda["path"]).name), None)

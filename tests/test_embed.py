@@ -1,4 +1,4 @@
-"""`vlmo-fast embed`: the model's own embeddings in three formats, resumed to the bit, refused with one message."""
+"""`vlmo-fast embed`: options, checks before the model is loaded, what is kept, what is left out and said."""
 
 import json
 import re
@@ -8,220 +8,190 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from PIL import Image
 from pyarrow import parquet
-from safetensors import safe_open
-from safetensors.torch import load_file
 from test_processing import SIZES, WORDS, photo
 
 import vlmo_fast
-from vlmo_fast import VLMoConfig, VLMoProcessor, cli, embed
+from vlmo_fast import VLMoConfig, VLMoProcessor, cli, embedding
+from vlmo_fast.formats import loading
+from vlmo_fast.store import EmbeddingStore
 
 ROOT = Path(__file__).parents[1]
-TEXTS = ["a melon", "boar", "a melon left of a boar", "a boar ?", "melon melon", "of", "left left left"]
+TEXTS = ["a melon", "boar", "a melon left of a boar"]
 
 
 @pytest.fixture
-def collection(tmp_path):
-    """A model with its processor, seven photographs of several sizes and modes in nested folders, seven texts."""
+def collection(tmp_path, monkeypatch, capsys):
+    """A model with its processor, four photographs, a file that is none, three texts; and a cache of its own."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     config = VLMoConfig(**SIZES, has_itm_head=False)
     (tmp_path / "vocab.txt").write_text("\n".join(WORDS))
     model = vlmo_fast.VLMoForImageTextRetrieval(config).eval()
     model.save_pretrained(tmp_path / "model")
     VLMoProcessor.from_vocabulary(tmp_path / "vocab.txt", config).save_pretrained(tmp_path / "model")
-    (tmp_path / "photos" / "deep").mkdir(parents=True)
-    for number in range(7):
-        image = photo(40 + 9 * number, 70 - 5 * number, seed=number)
-        folder = tmp_path / "photos" / ("deep" if number % 2 else ".")
-        image.convert(("RGB", "L", "RGBA")[number % 3]).save(folder / f"{number}.png")
-    (tmp_path / "photos" / "notes.txt").write_text("not an image")
-    (tmp_path / "texts.txt").write_text("\n".join(TEXTS) + "\n\n")
+    vlmo_fast.save_official(model, tmp_path / "released.pt")
+    (tmp_path / "photos").mkdir()
+    for number in range(4):
+        photo(40 + 9 * number, 70 - 5 * number, seed=number).save(tmp_path / "photos" / f"{number}.png")
+    (tmp_path / "texts.txt").write_text("\n".join(TEXTS) + "\n")
+    capsys.readouterr()
     return tmp_path
 
 
-def run(capsys, folder: Path, out: str, *options: object) -> dict:
-    arguments = [folder / "model", folder / out, *options, "--json", "--batch-size", 2, "--part-size", 3]
-    status = embed.main([str(argument) for argument in arguments])
+def run(capsys, folder: Path, out: str, *options: object, model: str = "model") -> dict:
+    arguments = [folder / model, folder / out, *options, "--json", "--batch-size", 2]
+    status = cli.main(["embed", *map(str, arguments)])
     shown = capsys.readouterr()
     assert status == 0, shown.err
     return json.loads(shown.out)
 
 
 def refuse(capsys, *arguments: object) -> str:
-    assert embed.main([str(argument) for argument in arguments]) == 1
+    assert cli.main(["embed", *map(str, arguments)]) == 1
     shown = capsys.readouterr()
     assert shown.out == ""
     assert shown.err.startswith("vlmo-fast embed: ")
+    assert shown.err.count("vlmo-fast embed") == 1
+    assert "Traceback" not in shown.err
     return shown.err
-
-
-def wanted(folder: Path, images: list[str], texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
-    """One item at a time through the model."""
-    model = vlmo_fast.VLMoForImageTextRetrieval.from_pretrained(folder / "model")
-    processor = VLMoProcessor.from_pretrained(folder / "model")
-    with torch.no_grad():
-        inputs = [processor(images=Image.open(path).convert("RGB"), return_tensors="pt") for path in images]
-        image_embeds = [model.get_image_features(**x).pooler_output for x in inputs]
-        inputs = [processor(text=text, return_tensors="pt") for text in texts]
-        text_embeds = [model.get_text_features(**x).pooler_output for x in inputs]
-    nothing = torch.zeros(0, SIZES["hidden_size"])
-    return torch.cat([nothing, *image_embeds]), torch.cat([nothing, *text_embeds])
 
 
 def both(folder: Path) -> tuple:
     return "--images", folder / "photos", "--texts", folder / "texts.txt"
 
 
-def test_images_and_texts(collection, capsys):
-    """In the collection's order, whatever the order of work, beside the items that they are of."""
-    report = run(capsys, collection, "out.safetensors", *both(collection))
-    tensors = load_file(collection / "out.safetensors")
-    with safe_open(collection / "out.safetensors", "pt") as file:
-        images, texts = (json.loads(file.metadata()["items"])[name] for name in ("images", "texts"))
-    assert texts == TEXTS
-    assert images == sorted(str(path) for path in (collection / "photos").rglob("*.png"))
-    for ours, theirs in zip(
-        (tensors["image_embeds"], tensors["text_embeds"]), wanted(collection, images, texts), strict=True
-    ):
-        torch.testing.assert_close(ours, theirs)
-    assert report["images"] == report["texts"] == 7
-    assert report["width"] == 24
-    assert not list(collection.glob(".*"))
-
-
-def test_other_formats_hold_the_same(collection, capsys):
-    run(capsys, collection, "out.safetensors", *both(collection))
-    tensors = load_file(collection / "out.safetensors")
-    run(capsys, collection, "out.parquet", *both(collection))
+def test_nothing_is_encoded_twice(collection, capsys):
+    """By whatever name and from whatever file the model comes; another dtype or store is another matter."""
+    first = run(capsys, collection, "out.parquet", *both(collection))
+    assert (first["images"], first["texts"], first["width"], first["computed"]) == (4, 3, 24, 7)
+    assert first["left_out"] == first["cut"] == []
+    assert Path(first["store"]).is_relative_to(collection / "cache" / "vlmo_fast" / "embeddings")
     table = parquet.read_table(collection / "out.parquet").to_pydict()
-    assert table["kind"] == ["image"] * 7 + ["text"] * 7
-    assert table["item"][7:] == TEXTS
-    everything = torch.cat([tensors["image_embeds"], tensors["text_embeds"]])
-    assert torch.equal(torch.tensor(table["embedding"]), everything)
-    run(capsys, collection, "texts.npy", "--texts", collection / "texts.txt")
-    assert np.array_equal(np.load(collection / "texts.npy"), tensors["text_embeds"].numpy())
-    assert json.loads((collection / "texts.npy.json").read_text()) == TEXTS
+    assert table["item"][4:] == TEXTS
+    assert not (collection / "out.parquet.left-out.jsonl").exists()
+    again = run(capsys, collection, "other.safetensors", *both(collection))
+    assert (again["computed"], again["store"]) == (0, first["store"])
+    assert run(capsys, collection, "third", "--images", collection / "photos", model="released.pt")["computed"] == 0
+    assert (collection / "third.parquet").is_file()
+    half = run(capsys, collection, "half.npy", "--texts", collection / "texts.txt", "--dtype", "bfloat16")
+    assert half["computed"] == 3
+    elsewhere = run(capsys, collection, "x.npy", "--texts", collection / "texts.txt", "--store", collection / "store")
+    assert elsewhere["computed"] == 3
+    assert Path(elsewhere["store"]).parent == collection / "store"
 
 
-def test_a_list_of_images(collection, capsys):
-    """Paths relative to the list, in its order."""
-    (collection / "list.txt").write_text("photos/deep/3.png\nphotos/0.png\n")
-    run(capsys, collection, "out.npy", "--images", collection / "list.txt")
-    paths = [str(collection / name) for name in ("photos/deep/3.png", "photos/0.png")]
-    assert json.loads((collection / "out.npy.json").read_text()) == paths
-    torch.testing.assert_close(torch.from_numpy(np.load(collection / "out.npy")), wanted(collection, paths, [])[0])
+def test_tables(collection, capsys):
+    (collection / "table.csv").write_text('path,caption\nphotos/3.png,"a melon, left"\nphotos/0.png,boar\n')
+    table = collection / "table.csv"
+    columns = ("--images", table, "--image-column", "path", "--texts", table, "--text-column", "caption")
+    run(capsys, collection, "out.parquet", *columns)
+    items = parquet.read_table(collection / "out.parquet").to_pydict()["item"]
+    assert items == [str(collection / "photos/3.png"), str(collection / "photos/0.png"), "a melon, left", "boar"]
 
 
-def test_resumed_to_the_bit(collection, capsys, monkeypatch):
-    """Stopped after two of six parts: those are not computed again, and the output is that of one go."""
-    run(capsys, collection, "whole.safetensors", *both(collection))
-    save, saved = embed._save_part, []
+def test_what_is_left_out_is_counted_and_named(collection, capsys):
+    """On the terminal the first few, all of them in the file beside the output and in the JSON."""
+    photos = collection / "photos"
+    (photos / "broken.png").write_bytes((photos / "0.png").read_bytes()[:60])
+    for number in range(7):
+        (photos / f"note-{number}.txt").write_text("not a picture")
+    (collection / "texts.txt").write_text("\n".join([*TEXTS, "a boar " * 100]))
+    out = collection / "out.parquet"
+    message = refuse(capsys, collection / "model", out, "--images", photos)
+    assert re.search(r"broken\.png: .*--skip-broken", message)
+    assert cli.main(["embed", *map(str, (collection / "model", out, *both(collection), "--skip-broken"))]) == 0
+    shown = capsys.readouterr()
+    assert shown.out == f"4 images and 4 texts, 24 numbers each, 8 encoded now: {out}\n"
+    beside = collection / "out.parquet.left-out.jsonl"
+    assert f"8 files are left out (all of them: {beside}):" in shown.err
+    assert shown.err.count("note-") == 5
+    assert "1 texts are longer than the model takes, and cut" in shown.err
+    assert "cut to 8 tokens" in shown.err
+    rows = [json.loads(line) for line in beside.read_text().splitlines()]
+    assert sorted(Path(row["item"]).name for row in rows[:8]) == ["broken.png", *(f"note-{n}.txt" for n in range(7))]
+    assert all(row["reason"] for row in rows)
+    report = run(capsys, collection, "out.parquet", *both(collection), "--skip-broken", "--replace")
+    assert report["left_out"] + report["cut"] == rows
+    assert (report["images"], report["computed"], report["cut"][0]["row"]) == (4, 0, 3)
+    (collection / "one.txt").write_text("photos/0.png\n")
+    run(capsys, collection, "out.parquet", "--images", collection / "one.txt", "--replace")
+    assert not beside.exists()  # that of another run
 
-    def stop(folder, part, *tensors):
-        if len(saved) == 2:
+
+def test_stopped_and_gone_on(collection, capsys, monkeypatch):
+    """Ctrl-C: one line says what is kept and how to go on; then only the rest is encoded."""
+    put, puts = EmbeddingStore.put, []
+
+    def stop(self, keys, embeddings):
+        if len(puts) == 2:
             raise KeyboardInterrupt
-        saved.append(part)
-        save(folder, part, *tensors)
+        puts.append(keys)
+        put(self, keys, embeddings)
 
+    arguments = [collection / "model", collection / "out.parquet", *both(collection), "--batch-size", 2]
     with monkeypatch.context() as patch:
-        patch.setattr(embed, "_save_part", stop)
-        arguments = [collection / "model", collection / "out.safetensors", *both(collection), "--part-size", 3]
-        with pytest.raises(SystemExit) as stopped:
-            cli.main(["embed", *map(str, arguments), "--batch-size", "2", "--json"])
-    assert stopped.value.code == 130
-    assert capsys.readouterr().err == "\nvlmo-fast embed: stopped\n"
-    assert not (collection / "out.safetensors").exists()
-    again = []
-    monkeypatch.setattr(embed, "_save_part", lambda folder, part, *x: again.append(part) or save(folder, part, *x))
-    report = run(capsys, collection, "out.safetensors", *both(collection))
-    assert report["resumed_parts"] == 2
-    assert len(again) == 4
-    assert not set(again) & set(saved)
-    assert (collection / "out.safetensors").read_bytes() == (collection / "whole.safetensors").read_bytes()
-
-
-def test_another_run_is_not_resumed(collection, capsys, monkeypatch):
-    """Parts of another collection would be silently wrong."""
-    monkeypatch.setattr(embed, "_write", lambda *_: (_ for _ in ()).throw(OSError("the disk is full")))
-    arguments = (collection / "model", collection / "out.npy", "--texts", collection / "texts.txt")
-    assert "the disk is full" in refuse(capsys, *arguments)
-    monkeypatch.undo()
-    for change in (("--dtype", "bfloat16"), ("--part-size", 2), ("--vocab", collection / "vocab.txt")):
-        assert "--restart forgets them" in refuse(capsys, *arguments, *change)
-    (collection / "texts.txt").write_text("boar\n")
-    assert "--restart forgets them" in refuse(capsys, *arguments)
-    pictures = (collection / "model", collection / "pictures.npy", "--images", collection / "photos")
-    with monkeypatch.context() as patch:
-        patch.setattr(embed, "_write", lambda *_: (_ for _ in ()).throw(OSError("the disk is full")))
-        assert "the disk is full" in refuse(capsys, *pictures)
-    photo(50, 50, seed=9).save(collection / "photos" / "0.png")  # the same name, another picture
-    assert "--restart forgets them" in refuse(capsys, *pictures)
-    report = run(capsys, collection, "out.npy", "--texts", collection / "texts.txt", "--restart")
-    assert (report["texts"], report["resumed_parts"]) == (1, 0)
-    assert "OUT must be new (or take --restart)" in refuse(capsys, *arguments)
-
-
-def test_broken_images(collection, capsys):
-    """One message that names the file; or left out, and said so."""
-    broken = collection / "photos" / "1b.png"
-    broken.write_bytes((collection / "photos" / "0.png").read_bytes()[:60])
-    (collection / "photos" / "zz.jpg").write_text("a poem")
-    out = collection / "out.npy"
-    message = refuse(capsys, collection / "model", out, "--images", collection / "photos")
-    assert re.search(r"(1b\.png|zz\.jpg) must be an image that can be read \(or take --skip-broken\)", message)
-    report = run(capsys, collection, "out.npy", "--images", collection / "photos", "--skip-broken", "--restart")
-    assert report["skipped"] == [str(broken), str(collection / "photos" / "zz.jpg")]
-    assert report["images"] == len(np.load(out)) == 7
-    only = collection / "only"
-    only.mkdir()
-    (only / "zz.jpg").write_text("a poem")
-    arguments = ("--images", only, "--skip-broken", "--restart")
-    assert "got none" in refuse(capsys, collection / "model", out, *arguments)
+        patch.setattr(EmbeddingStore, "put", stop)
+        assert cli.main(["embed", *map(str, arguments)]) == 130
+    wanted = "\nvlmo-fast embed: stopped; 4 embeddings are kept; the same command goes on from there\n"
+    assert capsys.readouterr().err.endswith(wanted)
+    assert not (collection / "out.parquet").exists()
+    assert run(capsys, collection, "out.parquet", *both(collection))["computed"] == 3
 
 
 def test_released_checkpoints(collection, capsys):
     """A file without a processor: images need none, texts a vocabulary."""
-    model = vlmo_fast.VLMoForImageTextRetrieval(VLMoConfig(**SIZES, has_itm_head=False))
-    vlmo_fast.save_official(model, collection / "released.pt")
-    texts = ("--texts", collection / "texts.txt")
-    arguments = (collection / "released.pt", collection / "out.npy")
-    assert "--vocab must be given" in refuse(capsys, *arguments, *texts)
-    assert (
-        embed.main([*map(str, arguments), *map(str, texts), "--restart", "--vocab", str(collection / "vocab.txt")]) == 0
-    )
-    images = (collection / "released.pt", collection / "images.npy", "--images", collection / "photos")
-    assert embed.main([*map(str, images), "--dtype", "bfloat16"]) == 0
-    assert "7 images and 0 texts, 24 numbers each" in capsys.readouterr().out
-    assert np.allclose(np.linalg.norm(np.load(collection / "images.npy"), axis=1), 1, atol=0.01)
+    texts = ("--texts", collection / "texts.txt", "--vocab", collection / "vocab.txt")
+    run(capsys, collection, "texts.npy", *texts, model="released.pt")
+    run(capsys, collection, "images.npy", "--images", collection / "photos", model="released.pt")
+    for name in ("texts.npy", "images.npy"):
+        assert np.allclose(np.linalg.norm(np.load(collection / name), axis=1), 1, atol=1e-5)
 
 
-def test_refused(collection, capsys, tmp_path):
+def test_what_can_be_wrong_is_checked_before_the_model_is_loaded(collection, capsys, monkeypatch):
+    monkeypatch.setattr(loading, "open_any", lambda *_, **__: pytest.fail("the model was read"))
     model, texts = collection / "model", ("--texts", collection / "texts.txt")
-    vqa = vlmo_fast.VLMoForQuestionAnswering(VLMoConfig(**SIZES))
-    vqa.save_pretrained(tmp_path / "vqa")
-    capsys.readouterr()
-    (tmp_path / "empty.txt").write_text("\n\n")
+    (collection / "there.npy").touch()
+    (collection / "folder.npy").mkdir()
+    (collection / "empty").mkdir()
+    (collection / "gap.txt").write_text("boar\n\nmelon\n")
+    out = collection / "o.npy"
     cases = [
-        ((model, "out.csv", *texts), r"OUT must end in one of \.safetensors, \.npy, \.parquet"),
+        ((model, "out.csv", *texts), r"OUT must end in one of \.parquet, \.safetensors, \.npy"),
         ((model, "out.npy", *both(collection)), "for images and texts together, got .npy"),
-        ((model, tmp_path / "o.npy", "--texts", tmp_path / "none.txt"), "must be a file with one item a line"),
-        ((model, tmp_path / "o.npy", "--texts", tmp_path / "empty.txt"), "must hold one item a line, got none"),
-        ((model, tmp_path / "o.npy", "--images", model), "must lead to images .* got none in"),
-        ((model, tmp_path / "o.npy", *texts, "--batch-size", 0), "--batch-size must be at least 1, got 0"),
-        ((tmp_path / "none", tmp_path / "o.npy", *texts), "No such file|must be a checkpoint file"),
-        (
-            (tmp_path / "vqa", tmp_path / "p.npy", *texts),
-            "must have a contrastive head, got a VLMoForQuestionAnswering",
-        ),
+        ((model, collection / "there.npy", *texts), "OUT must be new \\(or take --replace\\)"),
+        ((model, collection / "folder.npy", *texts, "--replace"), "OUT must be a file, got the folder"),
+        ((model, collection / "there.npy" / "x.npy", *texts), "OUT must lie in a folder that can be written to"),
+        ((model, out, "--texts", collection / "none.txt"), "none.txt: there is no such file"),
+        ((model, out, "--texts", collection / "gap.txt"), "line 2 is empty"),
+        ((model, out, "--images", collection / "empty"), "must hold pictures, got none"),
+        ((model, out, *texts, "--device", "banana"), "device must be one that torch can use here, got 'banana'"),
+        ((model, out, *texts, "--device", "cuda:99"), "device must be one that torch can use here, got 'cuda:99'"),
+        ((model, out, *texts, "--vocab", collection / "none.txt"), "vocab must be a file or 'bert'"),
+        ((collection / "none", out, *texts), "path must be a folder or a checkpoint file"),
+        ((collection / "released.pt", out, *texts), "--vocab must be given"),
     ]
-    before = sorted(tmp_path.rglob("*"))
+    before = sorted(collection.rglob("*"))
     for arguments, message in cases:
         assert re.search(message, refuse(capsys, *arguments))
-    assert sorted(tmp_path.rglob("*")) == before
-    with pytest.raises(SystemExit):
-        embed.main([str(model), "out.npy"])
-    assert "nothing to embed" in capsys.readouterr().err
+    assert sorted(collection.rglob("*")) == before
+    for arguments, message in (
+        ((), "nothing to embed: give --images, --texts or both"),
+        ((*texts, "--batch-size", 0), "--batch-size: must be at least 1, got 0"),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            cli.main(["embed", *map(str, (model, out, *arguments))])
+        assert stopped.value.code == 2
+        assert message in capsys.readouterr().err
+
+
+def test_models_that_cannot_embed(collection, capsys, monkeypatch):
+    vlmo_fast.VLMoForQuestionAnswering(VLMoConfig(**SIZES)).save_pretrained(collection / "vqa")
+    capsys.readouterr()
+    arguments = (collection / "vqa", collection / "out.npy", "--images", collection / "photos")
+    assert "must have a contrastive head, got a VLMoForQuestionAnswering" in refuse(capsys, *arguments)
+    monkeypatch.setattr(embedding, "write", lambda *_: (_ for _ in ()).throw(OSError("the disk is full")))
+    arguments = (collection / "model", collection / "out.npy", "--images", collection / "photos")
+    assert refuse(capsys, *arguments).endswith("vlmo-fast embed: the disk is full\n")
 
 
 def test_the_command_line(collection):
@@ -229,7 +199,7 @@ def test_the_command_line(collection):
     arguments = [collection / "model", collection / "out.safetensors", "--texts", collection / "texts.txt"]
     done = subprocess.run([*command, *arguments], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "0 images and 7 texts, 24 numbers each" in done.stdout
+    assert "0 images and 3 texts, 24 numbers each, 3 encoded now" in done.stdout
     shown = subprocess.run([*command, "--help"], cwd=ROOT, capture_output=True, text=True).stdout
-    for word in ("--images", "--restart", ".parquet", "examples:"):
+    for word in ("--images", "--image-column", "--store", "--replace", ".parquet", "examples:"):
         assert word in shown

@@ -12,7 +12,7 @@ import torch
 from cpu_library import CAPABILITIES, CpuLibrary
 from torch import Tensor
 
-from vlmo_fast import build, extensions, ops
+from vlmo_fast import build, cli, extensions, ops
 from vlmo_fast.ops.pairs.blocks import CompiledEpilogue, TorchEpilogue
 from vlmo_fast.ops.types import PairMask
 
@@ -267,10 +267,10 @@ def test_build_says_what_is_missing(
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(build.BuildError, match="no-such-compiler is missing; `vlmo-fast doctor` says how"):
         build.build("cpu")
-    assert build.main(["cpu"]) == 1
-    assert build.main(["cpu", "--optional"]) == 0
+    assert cli.main(["build", "cpu"]) == 1
+    assert cli.main(["build", "cpu", "--optional"]) == 0
     capsys.readouterr()
-    assert build.main(["cpu", "--json"]) == 1
+    assert cli.main(["build", "cpu", "--json"]) == 1
     shown = capsys.readouterr()
     assert json.loads(shown.out) == {}
     assert "no-such-compiler is missing" in shown.err

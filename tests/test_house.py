@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tarfile
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
@@ -61,7 +61,7 @@ def test_import_costs_nothing() -> None:
 
 
 def test_command_line_imports_only_what_it_runs() -> None:
-    code = "import json, sys, vlmo_fast.cli, vlmo_fast.doctor; print(json.dumps(sorted(sys.modules)))"
+    code = "import json, sys, vlmo_fast.cli, vlmo_fast.commands.doctor; print(json.dumps(sorted(sys.modules)))"
     assert {"torch", "numpy", "triton", "transformers", "xformers", "PIL"}.isdisjoint(json.loads(python(code)))
 
 
@@ -218,6 +218,107 @@ def test_files_name_no_machine_and_no_registry(require_tool: Callable[[str], str
         if path.is_file() and not path.is_symlink():
             found += [f"{name}: {match.group().decode()}" for match in forbidden.finditer(path.read_bytes())]
     assert not found
+
+
+# Imports
+
+
+def imports(path: Path, *, at_import: bool = False) -> set[str]:
+    """Modules of vlmo_fast that a file imports, in functions too unless `at_import`; not those for type checkers."""
+
+    def walk(node: ast.AST) -> Iterator[ast.AST]:
+        yield node
+        if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
+            children: list[ast.AST] = list(node.orelse)
+        elif at_import and isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
+            children = []
+        else:
+            children = list(ast.iter_child_nodes(node))
+        for child in children:
+            yield from walk(child)
+
+    found = set()
+    for node in walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    modules = {name for name in map(module_of_import, found) if name}
+    return modules - {module_name(path)}
+
+
+def module_name(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def module_of_import(name: str) -> str | None:
+    """The module that an imported name lies in."""
+    while name.partition(".")[0] == "vlmo_fast":
+        path = ROOT.joinpath(*name.split("."))
+        if path.with_suffix(".py").is_file() or (path / "__init__.py").is_file():
+            return name
+        name = name.rpartition(".")[0]
+    return None
+
+
+MODULES = {
+    module_name(path): path
+    for path in sorted((ROOT / "vlmo_fast").rglob("*.py"))
+    if not {"kernels", "csrc", "__pycache__"} & set(path.parts)
+}
+
+# Who may import whom: each line what stands on the lines above it, and what stands beside it, but not in a circle.
+LAYERS = (
+    ("requirements", "extensions", "config", "distributed", "outputs", "watch", "serving"),
+    ("build", "files", "kernels", "ops"),
+    ("positions", "rows", "packing", "losses"),
+    ("_validation", "embeddings", "block", "initialization", "model", "nn"),
+    ("data", "export", "store"),
+    ("hf", "training"),
+    ("_autoclasses", "formats", "embedding"),
+    ("", "demo", "doctor"),
+    ("commands",),
+    ("cli",),
+    ("__main__",),
+)
+
+
+def test_imports_go_one_way() -> None:
+    """Inside functions, too. A module that is new is put on a line of `LAYERS`."""
+    layer = {room: number for number, rooms in enumerate(LAYERS) for room in rooms}
+    room = lambda module: module.partition(".")[2].partition(".")[0]
+    assert {room(module) for module in MODULES} - set(layer) == set()
+    upwards = [
+        f"{module} imports {other}"
+        for module, path in MODULES.items()
+        for other in imports(path)
+        if other != "vlmo_fast" and layer[room(other)] > layer[room(module)]
+    ]
+    assert upwards == []
+
+
+def test_no_imports_in_a_circle() -> None:
+    graph = {module: imports(path, at_import=True) - {"vlmo_fast"} for module, path in MODULES.items()}
+    done: set[str] = set()
+
+    def visit(module: str, above: tuple[str, ...]) -> None:
+        assert module not in above, " -> ".join((*above, module))
+        if module not in done:
+            for other in sorted(graph.get(module, ())):
+                visit(other, (*above, module))
+            done.add(module)
+
+    for module in graph:
+        visit(module, ())
+
+
+def test_no_library_file_imports_a_command() -> None:
+    commands = re.compile(r"vlmo_fast\.(commands\b|cli$)")
+    importers = {module for module, path in MODULES.items() for other in imports(path) if commands.match(other)}
+    assert {module for module in importers if not module.startswith("vlmo_fast.commands.")} == {
+        "vlmo_fast.__main__",
+        "vlmo_fast.cli",
+    }
 
 
 # Installing
@@ -420,10 +521,10 @@ def test_doctor_json() -> None:
 
 def test_doctor_names_the_command_for_what_is_missing() -> None:
     code = """
-import importlib.util, vlmo_fast.doctor as doctor
+import vlmo_fast.cli as cli, vlmo_fast.doctor as doctor
 find_spec = doctor.find_spec
 doctor.find_spec = lambda name: None if name == "emoji" else find_spec(name)
-doctor.main([])
+cli.main(["doctor"])
 """
     text = python(code)
     missing = text.partition("\nMissing\n")[2]
@@ -434,7 +535,7 @@ doctor.main([])
 
 def test_installed_commands_need_no_index(installed: Path) -> None:
     """The printed pip command names the packages themselves, not vlmo_fast[...], which no index need know."""
-    code = "from vlmo_fast.doctor import install_command as c; print(c('demo')); print(c())"
+    code = "from vlmo_fast.requirements import install_command as c; print(c('demo')); print(c())"
     demo, base = python(code, "-S", cwd=installed, PYTHONPATH=str(installed)).splitlines()
     assert '"easy-vqa>=1.0"' in demo
     assert "vlmo_fast[" not in demo
@@ -453,3 +554,96 @@ def test_help_and_version() -> None:
     assert "doctor" in text
     assert "--json" in run(sys.executable, "-m", "vlmo_fast", "doctor", "--help")
     assert re.fullmatch(r"vlmo_fast \S+\n", run(sys.executable, "-m", "vlmo_fast", "--version"))
+
+
+def test_without_a_command_there_is_help() -> None:
+    assert run(sys.executable, "-m", "vlmo_fast") == run(sys.executable, "-m", "vlmo_fast", "--help")
+
+
+COMMAND = """
+from vlmo_fast.commands import options
+
+
+def configure(parser):
+    parser.description = "Greet."
+    parser.add_argument("name")
+    options.add_json(parser)
+
+
+def run(args):
+    if args.name == "nobody":
+        raise ValueError("greet: name must be somebody's, got nobody")
+    if args.name == "torch":
+        import no_such_package
+    if args.name == "you":
+        raise KeyboardInterrupt("one greeting is kept")
+    print(f"hello, {args.name}")
+"""
+
+
+def test_a_command_is_one_file_and_one_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And has help, one message for what is wrong, and a way to stop; nothing else is to be written."""
+    from vlmo_fast import cli, commands
+
+    (tmp_path / "greet.py").write_text(COMMAND)
+    monkeypatch.setattr(commands, "__path__", [*commands.__path__, str(tmp_path)])
+    monkeypatch.setitem(cli.COMMANDS, "greet", "say hello")
+    try:
+        assert cli.main(["greet", "world"]) == 0
+        assert capsys.readouterr().out == "hello, world\n"
+        for name, status, message in (
+            ("nobody", 1, "vlmo-fast greet: name must be somebody's, got nobody\n"),
+            (
+                "torch",
+                1,
+                "vlmo-fast greet: No module named 'no_such_package'; `vlmo-fast doctor` says how to install it\n",
+            ),
+            ("you", 130, "\nvlmo-fast greet: stopped; one greeting is kept\n"),
+        ):
+            assert cli.main(["greet", name]) == status
+            assert capsys.readouterr().err == message
+        assert cli.main([]) == 0
+        assert "  greet    say hello\n" in capsys.readouterr().out
+        for arguments, status, text in (
+            (["--help"], 0, "usage: vlmo-fast greet"),
+            (["a", "--no"], 2, "usage: vlmo-fast greet"),
+        ):
+            with pytest.raises(SystemExit) as stopped:
+                cli.main(["greet", *arguments])
+            assert stopped.value.code == status
+            shown = capsys.readouterr()
+            assert text in shown.out + shown.err
+    finally:
+        sys.modules.pop("vlmo_fast.commands.greet", None)
+
+
+def test_the_command_of_the_contributing_guide(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As printed there: the file, and the row."""
+    from vlmo_fast import cli, commands
+
+    guide = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    (file,) = re.findall(r"```python\n(# vlmo_fast/commands/count\.py\n.*?)```", guide, re.DOTALL)
+    (name, purpose) = re.findall(r'`"(count)": "([^"]+)",`', guide)[0]
+    (tmp_path / f"{name}.py").write_text(file)
+    monkeypatch.setattr(commands, "__path__", [*commands.__path__, str(tmp_path)])
+    monkeypatch.setitem(cli.COMMANDS, name, purpose)
+    try:
+        assert cli.main([name, str(ROOT / "LICENSE")]) == 0
+        assert int(capsys.readouterr().out) == len((ROOT / "LICENSE").read_text().splitlines())
+        assert cli.main([name, str(tmp_path / "none")]) == 1
+        assert capsys.readouterr().err.startswith("vlmo-fast count: [Errno 2] No such file")
+    finally:
+        sys.modules.pop(f"vlmo_fast.commands.{name}", None)
+
+
+def test_every_command_has_a_short_file_of_its_own() -> None:
+    from vlmo_fast import cli
+
+    files = {path.stem: path for path in (ROOT / "vlmo_fast" / "commands").glob("*.py")}
+    assert set(files) == {*cli.COMMANDS, "__init__", "options"}
+    lengths = {name: len(path.read_text(encoding="utf-8").splitlines()) for name, path in files.items()}
+    assert {name: length for name, length in lengths.items() if length > 150} == {}

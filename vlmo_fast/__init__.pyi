@@ -18,6 +18,7 @@ from . import training as training
 from .config import MoMEConfig as MoMEConfig
 from .formats.beit import load_beit as load_beit
 from .formats.bert import load_bert_embeddings as load_bert_embeddings
+from .formats.loading import load as load
 from .formats.official import load_official as load_official
 from .formats.official import save_official as save_official
 from .hf.configuration import VLMoConfig as VLMoConfig

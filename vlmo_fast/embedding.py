@@ -24,6 +24,7 @@ from vlmo_fast.data.folders import find_pictures
 from vlmo_fast.data.images import ImageError, read_image
 from vlmo_fast.data.tables import TableError, is_table, read_lines, read_table
 from vlmo_fast.files import write_whole
+from vlmo_fast.requirements import require
 from vlmo_fast.store import EmbeddingStore, key_of
 
 if TYPE_CHECKING:
@@ -105,7 +106,7 @@ class Embedded:
         text_keys: key of each text, in order.
         computed: items that were encoded now; all others came from the store, or are the same as another.
         broken: (path, reason) of images that could not be read.
-        cut: texts that were longer than the model takes.
+        cut: places in the collection of texts that were longer than the model takes.
     """
 
     width: int
@@ -113,7 +114,7 @@ class Embedded:
     text_keys: list[bytes] = field(default_factory=list)
     computed: int = 0
     broken: list[tuple[str, str]] = field(default_factory=list)
-    cut: int = 0
+    cut: list[int] = field(default_factory=list)
 
 
 def embed(
@@ -131,7 +132,7 @@ def embed(
 
     Args:
         model: with a contrastive head, in evaluation mode.
-        processor: `VLMoProcessor`, or one whose `tokenizer` is None where there are no texts.
+        processor: `VLMoProcessor`, or `VLMoImageProcessor` where there are no texts.
         collection: the items.
         store: the model's.
         batch_size: items that are encoded, and then kept, together.
@@ -199,9 +200,10 @@ class _Encoder:
             encoded = processor.tokenizer(some, truncation=True, padding=False, return_attention_mask=False)
             limit = processor.tokenizer.model_max_length
             lengths = [len(ids) for ids in encoded["input_ids"]]
-            full = [text for text, length in zip(some, lengths, strict=True) if length == limit]
-            whole = processor.tokenizer(full, truncation=False, verbose=False)["input_ids"] if full else []
-            self.done.cut += sum(len(ids) > limit for ids in whole)
+            full = [place for place, length in enumerate(lengths) if length == limit]
+            asked = [some[place] for place in full]
+            whole = processor.tokenizer(asked, truncation=False, verbose=False)["input_ids"] if full else []
+            self.done.cut += [first + place for place, ids in zip(full, whole, strict=True) if len(ids) > limit]
             arrays = [np.array(ids, dtype=np.int64) for ids in encoded["input_ids"]]
             items = [_Item(key_of(ids), ids, text) for ids, text in zip(arrays, some, strict=True)]
             self.done.text_keys += [item.key for item in items]
@@ -250,7 +252,8 @@ class _Encoder:
 
 
 def _pixels(path: str, processor: Any) -> npt.NDArray[np.float32]:
-    pixels = processor.image_processor(read_image(path), return_tensors="np")["pixel_values"][0]
+    image_processor = getattr(processor, "image_processor", processor)
+    pixels = image_processor(read_image(path), return_tensors="np")["pixel_values"][0]
     return np.ascontiguousarray(pixels, np.float32)
 
 
@@ -280,6 +283,7 @@ def output_path(out: Path, collection: Collection) -> Path:
 
     Raises:
         ValueError: a format that is not known, or that cannot hold the collection. Asked before the work begins.
+        ImportError: a format whose package is not installed.
     """
     if not out.suffix:
         out = out.with_name(f"{out.name}.parquet")
@@ -287,6 +291,8 @@ def output_path(out: Path, collection: Collection) -> Path:
         raise ValueError(f"OUT must end in one of {', '.join(FORMATS)}, got {out}")
     if out.suffix == ".npy" and collection.images and collection.texts:
         raise ValueError("OUT must be .parquet or .safetensors for images and texts together, got .npy")
+    if out.suffix == ".parquet":
+        require(f"{out}", "pyarrow")
     return out
 
 

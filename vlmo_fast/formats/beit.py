@@ -21,7 +21,17 @@ from torch import Tensor, nn
 
 from vlmo_fast.config import MoMEConfig
 from vlmo_fast.files import read_tensors
-from vlmo_fast.formats.official import TASKS, Conversion, check_tensors, fit
+from vlmo_fast.formats.conversion import (
+    NUM_LABELS,
+    Conversion,
+    block_numbers,
+    check_task,
+    check_tensors,
+    fit,
+    shape_of,
+    tie_text_dropout,
+    window_of,
+)
 from vlmo_fast.positions import num_relative_positions
 
 if TYPE_CHECKING:
@@ -109,10 +119,8 @@ def open_beit(
     **settings: Any,
 ) -> Conversion:
     """Read, check and convert a BEiT, with a report of every tensor; arguments as `load_beit`."""
-    if task not in TASKS:
-        raise ValueError(f"load_beit: task must be one of {sorted(TASKS)}, got {task!r}")
-    if task == "classification" and "num_labels" not in settings:
-        raise ValueError("load_beit: num_labels must be given for the task 'classification', got None")
+    check_task("load_beit", task, settings)
+    settings = tie_text_dropout("load_beit", settings)
     known = _configuration(source)
     tensors = read_tensors(source.state_dict() if isinstance(source, nn.Module) else source, "load_beit")
     tensors, names = _released(tensors)
@@ -126,9 +134,9 @@ def open_beit(
     origin = {ours: names.get(theirs, theirs) for ours, theirs in origin.items()}
     defaults: dict[str, Any] = {"num_vl_layers": 0 if task in ("text", "mim", "classification") else 2}
     if task == "nlvr2":
-        defaults |= {"num_image_types": 2, "num_labels": 2}
-    if task == "vqa":
-        defaults["num_labels"] = 3129
+        defaults["num_image_types"] = 2
+    if task in NUM_LABELS:
+        defaults["num_labels"] = NUM_LABELS[task]
     for name in found:
         if name in settings and settings[name] != found[name] and name != "layer_norm_eps":
             raise ValueError(f"load_beit: {name} must be BEiT's {found[name]}, got {settings[name]}")
@@ -184,20 +192,14 @@ def _released(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[st
 
 
 def _layers(tensors: Mapping[str, Tensor]) -> list[int]:
-    return sorted({int(match[1]) for match in (re.match(r"blocks\.(\d+)\.", name) for name in tensors) if match})
+    return block_numbers(tensors, r"blocks\.(\d+)\.")
 
 
 def _describe(tensors: Mapping[str, Tensor], known: Mapping[str, Any], heads: int | None) -> dict[str, Any]:
     """The settings of a BEiT, read off its tensors."""
 
     def shape(name: str, ndim: int) -> torch.Size:
-        if name not in tensors or tensors[name].ndim != ndim:
-            found = f"shape {tuple(tensors[name].shape)}" if name in tensors else "none"
-            raise ValueError(
-                f"load_beit: a BEiT must hold {name} (or transformers' name of it) with {ndim} dimensions, got {found} "
-                f"among {len(tensors)} tensors"
-            )
-        return tensors[name].shape
+        return shape_of(tensors, name, ndim, "load_beit: in its release's names, a BEiT")
 
     width = shape("cls_token", 3)[-1]
     layers = _layers(tensors)
@@ -212,14 +214,14 @@ def _describe(tensors: Mapping[str, Tensor], known: Mapping[str, Any], heads: in
         )
     if tables:
         rows, table_heads = shape(tables[0], 2)
-        side = math.isqrt(max(rows - 3, 0))
-        if side**2 != rows - 3 or side % 2 == 0:
+        table_window = window_of(rows - 3)
+        if table_window is None:
             raise ValueError(
                 f"load_beit: {tables[0]} must have (2 N - 1)^2 + 3 rows for N x N patches, got {(rows, table_heads)}"
             )
         if heads not in (None, table_heads):
             raise ValueError(f"load_beit: num_attention_heads must be the {table_heads} of {tables[0]}, got {heads}")
-        heads, window = table_heads, (side + 1) // 2
+        heads, window = table_heads, table_window
     else:
         heads = known.get("num_attention_heads") if heads is None else heads
         window = math.isqrt(max(shape("pos_embed", 3)[1] - 1, 0))

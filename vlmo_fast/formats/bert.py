@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from vlmo_fast.files import read_tensors
-from vlmo_fast.formats.official import check_tensors
+from vlmo_fast.formats.conversion import check_tensors
 
 if TYPE_CHECKING:
     from vlmo_fast.hf.modeling import VLMoPreTrainedModel
