@@ -624,6 +624,17 @@ def test_no_change_of_the_table_goes_unseen(change):
     assert after.dtype != before.dtype or not torch.equal(after, before)
 
 
+def test_biases_too_large_to_gather_at_once_are_not_kept(monkeypatch):
+    """They read a table that may be replaced by an equal one, and then change."""
+    monkeypatch.setattr("vlmo_fast.positions.ALL_LAYERS_BYTES", 0)
+    model = build().eval()
+    module, kept = model.relative_position_bias, biases_of(model)
+    first = kept[0].clone()
+    old, module.table = module.table, nn.Parameter(module.table.detach().clone())
+    old.data.mul_(2)
+    assert torch.equal(biases_of(model)[0], first)
+
+
 def test_no_biases_are_kept_for_training():
     model = build().train()
     assert biases_of(model) is not biases_of(model)

@@ -8,14 +8,17 @@ import threading
 
 import pytest
 import torch
+from test_checkpoints import filled, load
 from test_model import build, inputs, run
 from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 from torch.nn.modules.module import register_module_forward_hook
 from torch.nn.utils import parametrize, prune, weight_norm
 
-from vlmo_fast import MoMETransformer
+from vlmo_fast import MoMETransformer, pack
 from vlmo_fast.nn import ContrastiveLoss, ExpertFeedForward
+from vlmo_fast.watch import is_plain
 
 
 def plain(model: MoMETransformer, modality: str) -> torch.Tensor:
@@ -183,6 +186,7 @@ def test_position_embeddings() -> None:
 PARTS = ("attention.qkv", "attention.projection", "experts.vision", "experts.vision.norm", "experts.vision.fc2")
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize("name", PARTS)
 def test_every_kind_of_hook_is_called(name: str) -> None:
     kinds = {
@@ -192,6 +196,7 @@ def test_every_kind_of_hook_is_called(name: str) -> None:
         "always": lambda module, note: module.register_forward_hook(lambda *_: note(), always_call=True),
         "backward": lambda module, note: module.register_full_backward_hook(lambda *_: note()),
         "before backward": lambda module, note: module.register_full_backward_pre_hook(lambda *_: note()),
+        "legacy backward": lambda module, note: module.register_backward_hook(lambda *_: note()),
     }
     for kind, register in kinds.items():
         model, calls = build(), []
@@ -221,6 +226,90 @@ def test_patched_classes_and_instances(monkeypatch: pytest.MonkeyPatch) -> None:
     unpatched = ours(build(), "image")
     monkeypatch.undo()
     assert (ours(build(), "image") - unpatched).abs().max() > 1e-3
+
+
+def test_a_patched_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Below `forward`: the step of `nn.Module`'s call that runs the hooks, of one module, of a class, of all."""
+    model = build()
+    qkv = model.blocks[0].attention.qkv
+    qkv._call_impl = lambda x: 2 * F.linear(x, qkv.weight)
+    agree(model)
+    call = nn.Module._call_impl
+    with monkeypatch.context() as patch:
+        patch.setattr(nn.Linear, "_call_impl", lambda self, x: 1.5 * call(self, x))
+        agree(build())
+    seen = []
+    monkeypatch.setattr(nn.Module, "_call_impl", lambda self, *a, **k: seen.append(self) or call(self, *a, **k))
+    ours(model, "image")
+    assert {model.blocks[1].attention.qkv, model.blocks[1].experts["vision"].fc1} <= set(seen)
+
+
+def test_a_forward_that_is_another_modules() -> None:
+    """Weights tied by a bound method; the module's own, which tools leave behind, is none."""
+    model = build()
+    first, second = (block.experts["vision"].fc1 for block in model.blocks[:2])
+    first.forward = second.forward
+    agree(model)
+    assert is_plain(second, nn.Linear)
+    second.forward = second.forward
+    assert is_plain(second, nn.Linear)
+    assert not is_plain(first, nn.Linear)
+
+
+@pytest.mark.parametrize("where", ["weight", "bias", "attribute"])
+def test_tensor_subclasses_see_their_layer(where: str) -> None:
+    """Quantised and sparse weights are such; torch's own may be, too."""
+
+    class Weight(torch.Tensor):
+        layers = 0
+
+        @classmethod
+        def __torch_function__(cls, function, types, args=(), kwargs=None):
+            cls.layers += function is F.linear
+            with torch._C.DisableTorchFunctionSubclass():
+                result = function(*args, **(kwargs or {}))
+            return result.as_subclass(cls) if function is torch.Tensor.detach else result
+
+    Weight.__module__ = "torch.sparse"
+    model = build()
+    layer = model.blocks[1].experts["vision"].fc1
+    name = "bias" if where == "bias" else "weight"
+    tensor = getattr(layer, name).detach().as_subclass(Weight)
+    if where == "attribute":
+        delattr(layer, name)
+    setattr(layer, name, tensor if where == "attribute" else nn.Parameter(tensor))
+    ours(model, "image")
+    assert Weight.layers == 1
+
+
+LAYERS = {
+    "qkv with a bias": ("attention.qkv", lambda: nn.Linear(24, 72)),
+    "projection without": ("attention.projection", lambda: nn.Linear(24, 24, bias=False)),
+    "fc1 without": ("experts.vision.fc1", lambda: nn.Linear(24, 96, bias=False)),
+    "norm without": ("experts.vision.norm", lambda: nn.LayerNorm(24, bias=False)),
+    "norm of nothing": ("experts.language.norm", lambda: nn.LayerNorm(24, elementwise_affine=False)),
+}
+
+
+@pytest.mark.parametrize("case", LAYERS)
+def test_layers_of_the_same_class_with_other_parameters(case: str) -> None:
+    model, (name, make) = build(), LAYERS[case]
+    torch.manual_seed(5)
+    model.blocks[1].set_submodule(name, make())
+    agree(model)
+
+
+def test_one_experts_width() -> None:
+    """Pruned by whole neurons, as the other experts of its block are not."""
+    model = build()
+    expert, rows = model.blocks[0].experts["vision"], torch.arange(50)
+    for layer, dim in ((expert.fc1, 0), (expert.fc2, 1)):
+        layer.weight = nn.Parameter(layer.weight.detach().index_select(dim, rows))
+    expert.fc1.bias = nn.Parameter(expert.fc1.bias.detach()[:50])
+    agree(model)
+    pair = run(model, "pair").last_hidden_state
+    expert.register_forward_hook(lambda *_: None)
+    torch.testing.assert_close(pair, run(model, "pair").last_hidden_state, atol=1e-5, rtol=0)
 
 
 def test_a_whole_expert_or_norm_is_replaced() -> None:
@@ -304,6 +393,17 @@ def test_inference_mode_makes_and_runs_a_model() -> None:
     ours(kept, "image").sum().backward()
 
 
+def test_inference_mode_loads_a_checkpoint() -> None:
+    state, (ids, mask, _) = filled("pretrain", "tiny_rel"), inputs()
+    ids = ids % 10
+    outside = load(state, "tiny_rel").eval()
+    with torch.inference_mode():
+        inside = load(state, "tiny_rel").eval()
+        for cls_only in (False, True):
+            found, wanted = (m.backbone(ids, mask, cls_only=cls_only).text_embeds for m in (inside, outside))
+            assert torch.equal(found, wanted)
+
+
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning", "ignore::FutureWarning")
 def test_traced_with_padding() -> None:
     """The shortcut that looks at the mask is off while a tracer records: it would keep the traced batch's lengths."""
@@ -324,10 +424,31 @@ def test_traced_with_padding() -> None:
     torch.testing.assert_close(traced(ids, other), model(ids, other, cls_only=True).text_embeds, atol=1e-5, rtol=0)
 
 
+def test_values_are_not_looked_at_under_a_transform() -> None:
+    """`vmap` and `make_fx` would stop at the look."""
+    model = build().requires_grad_(False)
+    for op in ("attention", "mome_ffn"):
+        model.set_backend(op, "eager")
+    ids, mask, _ = inputs()
+
+    def encode(ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        return model(ids, mask, cls_only=True).text_embeds
+
+    mapped = torch.func.vmap(lambda ids, mask: encode(ids[None], mask[None])[0])
+    with torch.no_grad():  # where biases are kept
+        torch.testing.assert_close(mapped(ids, mask), encode(ids, mask), atol=1e-5, rtol=0)
+    other = torch.ones_like(mask)
+    other[0, 2:] = 0
+    graph = make_fx(encode)(ids, mask)
+    torch.testing.assert_close(graph(ids, other), encode(ids, other), atol=1e-5, rtol=0)
+
+
 @pytest.mark.parametrize("options", [{}, {"cls_only": True}])
 def test_compiled_whole_where_nobody_watches(options: dict[str, bool]) -> None:
     model = build().requires_grad_(False)
-    compiled = torch.compile(lambda pixels: model(pixel_values=pixels, **options).image_embeds, fullgraph=True)
+    compiled = torch.compile(
+        lambda pixels: model(pixel_values=pixels, **options).image_embeds, fullgraph=True, backend="aot_eager"
+    )
     pixels = inputs()[2]
     torch.testing.assert_close(compiled(pixels), model(pixel_values=pixels).image_embeds, atol=1e-5, rtol=0)
 
@@ -340,8 +461,16 @@ def test_inputs_of_another_dtype_or_kind_are_named() -> None:
         copy.deepcopy(model).half()(pixel_values=pixels)
     with pytest.raises(TypeError, match="input_ids must be a tensor, got list"):
         model(input_ids=ids.tolist())
+    with pytest.raises(TypeError, match="image_type_ids must be an int or a tensor, got list"):
+        model(pixel_values=pixels, image_type_ids=[1, 1, 1])
+    with pytest.raises(TypeError, match="input_ids must be a tensor, got list"):
+        model.forward_packed(pack([3]), [[1, 2, 3]])
+    with pytest.raises(TypeError, match="layout must be a PackedLayout, made by pack, got list"):
+        model.forward_packed([3], ids)
     with torch.autocast("cpu", torch.bfloat16):
         model(pixel_values=pixels)
+        with pytest.raises(TypeError, match=r"weights, torch.float32, got torch.float64"):  # autocast leaves it alone
+            model(pixel_values=pixels.double())
 
 
 def test_a_bounded_scale_can_come_back() -> None:
