@@ -1,94 +1,21 @@
-"""`MoMETransformer` as a module: what each path gives and touches, what it refuses, how it behaves as PyTorch."""
+"""Laws of `MoMETransformer`: what each path gives and touches, and what leaves it as it is."""
 
 import copy
-import pickle
 from functools import cache
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from networks import FIELDS, PATHS, POSITIONS, SIZES, build, inputs, positions, run, shared, tensors, visible
 from torch import nn
-from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from vlmo_fast import MoMEConfig, MoMEOutput, MoMETransformer, ops, pack
 from vlmo_fast.block import MoMEBlock
 from vlmo_fast.ops import ffn, packed, padded
-from vlmo_fast.rows import PaddedRows, plan_padded
+from vlmo_fast.rows import PaddedRows
 
-SIZES = {
-    "hidden_size": 24,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 2,
-    "num_vl_layers": 2,
-    "image_size": 24,
-    "patch_size": 8,  # 3 x 3 patches: the fewest that the bicubic spline of another size takes
-    "vocab_size": 50,
-    "max_text_length": 10,
-    "text_relative_span": 12,
-    "initializer_range": 0.3,  # strong weights, so that every path shows in the outputs
-}
-POSITIONS = ("relative", "absolute")
-positions = pytest.mark.parametrize("kind", POSITIONS)
-FIELDS = MoMEOutput._fields
-PATHS = ("image", "text", "image_vl", "text_vl", "pair")
-
-
-def build(kind: str = "relative", seed: int = 0, **options):
-    """A model whose every parameter is random, those that start at a constant included."""
-    names = {"add_pooler", "add_projections", "add_vl_projections", "add_mask_token"}
-    flags = {name: options.pop(name) for name in names & set(options)}
-    scale = 0.5 if kind == "relative" else None
-    sizes = {**SIZES, "position_embedding_type": kind, "layer_scale_init_value": scale, **options}
-    torch.manual_seed(seed)
-    model = MoMETransformer(MoMEConfig(**sizes), **flags).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.2 * torch.randn_like(parameter))
-    return model
-
-
-@cache
-def shared(kind: str = "relative"):
-    """A model that tests only read."""
-    return build(kind).requires_grad_(False)
-
-
-def inputs(batch: int = 3, tokens: int = 6, size: int = 24, dtype: torch.dtype = torch.float32):
-    generator = torch.Generator().manual_seed(1)
-    ids = torch.randint(0, 50, (batch, tokens), generator=generator)
-    mask = torch.arange(tokens) < torch.randint(1, tokens + 1, (batch, 1), generator=generator)
-    mask[-1] = True
-    pixels = torch.randn(batch, 3, size, size, generator=generator)
-    return ids, mask.long(), pixels.to(dtype)
-
-
-def run(model, path: str, ids=None, mask=None, pixels=None, **options) -> MoMEOutput:
-    if ids is None:
-        ids, mask, pixels = inputs(dtype=next(model.parameters()).dtype)
-    vl = path.endswith("_vl")
-    if path.startswith("image"):
-        return model(pixel_values=pixels, use_vl_branch=vl, **options)
-    if path.startswith("text"):
-        return model(ids, mask, use_vl_branch=vl, **options)
-    return model(ids, mask, pixels, **options)
-
-
-def tensors(output: MoMEOutput) -> list[torch.Tensor]:
-    return [x for field in output if field is not None for x in (field if isinstance(field, tuple) else (field,))]
-
-
-def visible(output: MoMEOutput, mask: torch.Tensor | None = None) -> torch.Tensor:
-    """Everything an output says, but for the rows of padded tokens, as one vector."""
-    parts = []
-    for x in tensors(output):
-        if mask is not None and x.ndim == 3:
-            parts.append(x[:, : mask.shape[1]][mask.bool()].flatten())
-            parts.append(x[:, mask.shape[1] :].flatten())
-        else:
-            parts.append(x.flatten())
-    return torch.cat(parts)
+IDS, MASK, PIXELS = inputs()
 
 
 # Outputs
@@ -183,122 +110,7 @@ def test_vl_branch_leaves_the_own_branch_alone(path):
     assert not torch.equal(both.last_hidden_state, both.vl_last_hidden_state)
 
 
-# Refusals
-
 IDS, MASK, PIXELS = inputs()
-
-
-@pytest.mark.parametrize(
-    ("arguments", "error", "message"),
-    [
-        ({}, ValueError, "input_ids or pixel_values must be given, got neither"),
-        ({"input_ids": IDS[0]}, ValueError, r"input_ids must be \(B, T\) with B and T at least 1, got \(6,\)"),
-        ({"input_ids": IDS[:0]}, ValueError, r"input_ids must be \(B, T\) .* got \(0, 6\)"),
-        ({"input_ids": IDS[:, :0]}, ValueError, r"input_ids must be \(B, T\) .* got \(3, 0\)"),
-        ({"input_ids": IDS.float()}, TypeError, r"input_ids must be int64 or int32, got torch\.float32"),
-        ({"input_ids": IDS.repeat(1, 2)}, ValueError, "input_ids must have at most max_text_length=10 tokens, got 12"),
-        ({"input_ids": IDS.clamp(max=3) + 47}, ValueError, r"input_ids must be in \[0, vocab_size=50\), got .* to 50"),
-        ({"input_ids": IDS - 50}, ValueError, r"input_ids must be in \[0, vocab_size=50\), got -\d+ to -\d+"),
-        ({"attention_mask": MASK, "pixel_values": PIXELS}, ValueError, "attention_mask must come with input_ids"),
-        (
-            {"input_ids": IDS, "attention_mask": MASK[:, :5]},
-            ValueError,
-            r"attention_mask must be \(3, 6\) like input_ids, got \(3, 5\)",
-        ),
-        (
-            {"input_ids": IDS, "attention_mask": torch.tensor([[1], [0], [0]]).expand(3, 6)},
-            ValueError,
-            r"attention_mask must keep \[CLS\], column 0, of every text, got 0 in rows \[1, 2\]",
-        ),
-        ({"pixel_values": PIXELS[0]}, ValueError, r"pixel_values must be \(B, 3, H, W\) .* got \(3, 24, 24\)"),
-        ({"pixel_values": PIXELS[:, :2]}, ValueError, r"pixel_values must be \(B, 3, H, W\) .* got \(3, 2, 24, 24\)"),
-        ({"pixel_values": PIXELS[:0]}, ValueError, r"pixel_values must be .* B at least 1, got \(0, 3, 24, 24\)"),
-        ({"pixel_values": PIXELS.byte()}, TypeError, r"pixel_values must be of a float dtype .* got torch\.uint8"),
-        (
-            {"input_ids": IDS, "pixel_values": PIXELS[:2]},
-            ValueError,
-            "pixel_values must have the batch size of input_ids, 3, got 2",
-        ),
-        (
-            {"pixel_values": PIXELS[..., :16]},
-            ValueError,
-            "pixel_values must be 24 x 24 pixels, got 24 x 16; interpolate_pos_encoding=True accepts other sizes",
-        ),
-        (
-            {"pixel_values": PIXELS[..., :16], "interpolate_pos_encoding": True},
-            ValueError,
-            "must be square, with a side that is a multiple of 8 pixels, got 24 x 16",
-        ),
-        (
-            {"pixel_values": PIXELS[..., :20, :20], "interpolate_pos_encoding": True},
-            ValueError,
-            "multiple of 8 pixels, got 20 x 20",
-        ),
-        (
-            {"pixel_values": PIXELS[..., :0, :0], "interpolate_pos_encoding": True},
-            ValueError,
-            "multiple of 8 pixels, got 0 x 0",
-        ),
-        ({"input_ids": IDS, "image_type_ids": 1}, ValueError, "image_type_ids and bool_masked_pos must come with"),
-        (
-            {"input_ids": IDS, "bool_masked_pos": torch.ones(3, 9, dtype=torch.bool)},
-            ValueError,
-            "image_type_ids and bool_masked_pos must come with pixel_values, got no pixel_values",
-        ),
-        ({"pixel_values": PIXELS, "image_type_ids": 0}, ValueError, "be from 1 to num_image_types=1, got 0"),
-        ({"pixel_values": PIXELS, "image_type_ids": 2}, ValueError, "be from 1 to num_image_types=1, got 2"),
-        (
-            {"pixel_values": PIXELS, "image_type_ids": torch.tensor([1, 1, 2])},
-            ValueError,
-            r"image_type_ids must be from 1 to num_image_types=1, got tensor\(\[1, 1, 2\]\)",
-        ),
-        (
-            {"pixel_values": PIXELS, "image_type_ids": torch.tensor([1, 1])},
-            ValueError,
-            r"image_type_ids must be an int or \(3,\), got \(2,\)",
-        ),
-        (
-            {"pixel_values": PIXELS, "bool_masked_pos": torch.ones(3, 9, dtype=torch.bool)},
-            ValueError,
-            "bool_masked_pos needs a model built with add_mask_token=True",
-        ),
-        (
-            {"input_ids": IDS, "pixel_values": PIXELS, "use_vl_branch": True},
-            ValueError,
-            "use_vl_branch must be False for a pair",
-        ),
-    ],
-)
-def test_refuses(arguments, error, message):
-    with pytest.raises(error, match=f"^MoMETransformer: .*{message}"):
-        shared()(**arguments)
-
-
-def test_refuses_masks_of_the_wrong_kind():
-    model = build(add_mask_token=True)
-    with pytest.raises(TypeError, match=r"bool_masked_pos must be bool, got torch\.int64"):
-        model(pixel_values=PIXELS, bool_masked_pos=torch.ones(3, 9, dtype=torch.int64))
-    with pytest.raises(ValueError, match=r"bool_masked_pos must be \(B, patches\) = \(3, 9\), got \(3, 10\)"):
-        model(pixel_values=PIXELS, bool_masked_pos=torch.ones(3, 10, dtype=torch.bool))
-    with pytest.raises(TypeError, match="config must be a MoMEConfig, got dict"):
-        MoMETransformer({})
-
-
-@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8], ids=str)
-def test_refuses_type_ids_that_torch_would_take_for_a_mask(dtype):
-    """With as many images as rows, `weight[ids]` gives rows 0 and 1: a wrong answer without an error."""
-    pixels = PIXELS[:2]
-    try:
-        out = shared()(pixel_values=pixels, image_type_ids=torch.ones(2, dtype=dtype))
-    except TypeError as error:
-        assert "image_type_ids" in str(error)  # noqa: PT017 - either a refusal or the right rows
-    else:
-        assert torch.equal(out.image_embeds, shared()(pixel_values=pixels).image_embeds)
-
-
-def test_refuses_float_type_ids():
-    with pytest.raises(TypeError, match="image_type_ids"):
-        shared()(pixel_values=PIXELS, image_type_ids=torch.ones(3))
 
 
 # Embeddings
@@ -565,81 +377,6 @@ def test_unused_text_positions_are_frozen():
         fresh = MoMETransformer(MoMEConfig(**SIZES, position_embedding_type=kind))
         assert fresh.text_embeddings.position_embeddings.weight.requires_grad == (kind == "absolute")
         assert weight.shape == (10, 24)
-
-
-# Biases kept in evaluation
-
-
-def biases_of(model, num_text=6):
-    with torch.no_grad():
-        return model._biases(plan_padded(1, num_text, (3,), None, cls_only=False))
-
-
-def test_biases_are_kept_in_evaluation():
-    """The very same tensors for the same shape, of a few shapes, and the numbers of a model that keeps nothing."""
-    model = build().eval()
-    first = biases_of(model)
-    assert biases_of(model) is first
-    for num_text in range(1, 5):
-        biases_of(model, num_text)
-    assert biases_of(model, 4) is biases_of(model, 4)
-    assert biases_of(model) is not first  # four other shapes came since
-    assert copy.deepcopy(model)._kept_biases._kept is None
-    assert pickle.loads(pickle.dumps(model))._kept_biases._kept is None
-    for path in PATHS:
-        with torch.no_grad():
-            kept = [tensors(run(model, path)) for _ in range(2)]
-        for a, b, c in zip(*kept, tensors(run(model, path)), strict=True):
-            assert torch.equal(a, b)
-            assert torch.equal(a, c.detach())
-
-
-CHANGES = {
-    "in place": lambda table, other: table.detach().mul_(2),
-    "data assigned": lambda table, other: setattr(table, "data", other.data),
-    "data in place": lambda table, other: table.data.mul_(2),
-    "data copied": lambda table, other: table.data.copy_(other.data),
-    "through NumPy": lambda table, other: np.multiply(table.detach().numpy(), 2, out=table.detach().numpy()),
-    "one row": lambda table, other: table.data[0].add_(1),
-}
-
-
-@pytest.mark.parametrize("change", [*CHANGES, "loaded", "assigned", "from a vector", "moved"])
-def test_no_change_of_the_table_goes_unseen(change):
-    """A teacher in evaluation mode is updated in any of these ways; nobody calls `eval` again."""
-    model, other = build().eval(), build(seed=1)
-    before = biases_of(model)[0].clone()
-    table = model.relative_position_bias.table
-    if change in CHANGES:
-        CHANGES[change](table, other.relative_position_bias.table)
-    elif change in ("loaded", "assigned"):
-        model.load_state_dict(other.state_dict(), assign=change == "assigned")
-    elif change == "from a vector":
-        vector_to_parameters(parameters_to_vector(other.parameters()), model.parameters())
-    else:
-        model.double()
-    after = biases_of(model)[0]
-    fresh = model.relative_position_bias(6, (3,))[0]
-    assert torch.equal(after, fresh)
-    assert after.dtype != before.dtype or not torch.equal(after, before)
-
-
-def test_no_biases_are_kept_for_training():
-    model = build().train()
-    assert biases_of(model) is not biases_of(model)
-    run(model.eval(), "pair")
-    assert model._kept_biases._kept is None  # with gradients
-    biases_of(model)
-    assert model._kept_biases._kept is not None
-
-
-def test_watched_biases_are_gathered_by_a_call():
-    model, calls = build().eval(), []
-    biases_of(model)
-    model.relative_position_bias.register_forward_hook(lambda *_: calls.append(1))
-    biases_of(model)
-    biases_of(model)
-    assert len(calls) == 2
 
 
 # Implementations by name
@@ -1200,74 +937,6 @@ def test_initial_values():
             # at least 64 draws: the standard deviation of their standard deviation is 0.02 / sqrt(2 * 64) = 0.0018
             assert parameter.std().item() == pytest.approx(0.02, abs=5 * 0.02 / (2 * parameter.numel()) ** 0.5), name
             assert abs(parameter.mean().item()) < 5 * 0.02 / parameter.numel() ** 0.5, name
-
-
-def test_meta_device():
-    """Sizes and paths without memory, then real weights in place."""
-    with torch.device("meta"):
-        model = MoMETransformer(MoMEConfig.from_preset("large"))
-    assert {p.device.type for p in model.parameters()} == {"meta"}
-    ids = torch.zeros(2, 5, dtype=torch.int64, device="meta")
-    pixels = torch.zeros(2, 3, 224, 224, device="meta")
-    assert model(ids, torch.ones_like(ids), pixels).last_hidden_state.shape == (2, 202, 1024)
-    assert model(pixel_values=pixels, use_vl_branch=True).vl_image_embeds.shape == (2, 1024)
-    config = shared().config  # before the context, in which the shared model would be made on meta
-    with torch.device("meta"):
-        small = MoMETransformer(config).eval()
-    small.load_state_dict(shared().state_dict(), assign=True)
-    assert torch.equal(visible(run(small, "pair")), visible(run(shared(), "pair")))
-
-
-def test_deepcopy_and_pickle():
-    model = build("absolute")
-    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        for path in PATHS:
-            assert torch.equal(visible(run(model, path)), visible(run(other, path)))
-    twin = copy.deepcopy(model)
-    with torch.no_grad():
-        twin.norm.weight.zero_()
-    assert not torch.equal(model.norm.weight, twin.norm.weight)
-
-
-@positions
-@pytest.mark.parametrize("path", PATHS)
-def test_compiles_whole(kind, path):
-    """One graph per path, no break, with the same ops; the traced eager code gives the same bits."""
-    torch._dynamo.reset()
-    model, targets = shared(kind), []
-
-    def backend(graph, _):
-        targets.extend(str(node.target) for node in graph.graph.nodes)
-        return graph
-
-    compiled = torch.compile(model, fullgraph=True, backend=backend)
-    arguments = inputs()
-    for a, b in zip(tensors(run(compiled, path, *arguments)), tensors(run(model, path, *arguments)), strict=True):
-        assert torch.equal(a, b)
-    calls = sum("mome_ffn" in target for target in targets)
-    assert calls == (6 if path.endswith("_vl") else 4)  # one for each block that ran
-
-
-def test_compiles_with_interpolation_and_gradients():
-    torch._dynamo.reset()
-    model = build()
-    pixels = inputs(size=40)[2]
-    torch.compile(model, fullgraph=True, backend="aot_eager")(
-        pixel_values=pixels, interpolate_pos_encoding=True
-    ).image_embeds.square().sum().backward()
-    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
-
-
-@pytest.mark.slow  # half a minute of compiling
-def test_inductor(require_tool):
-    """One generated kernel set, end to end; another summation order than eager's, so float32 tolerance."""
-    require_tool("g++")
-    torch._dynamo.reset()
-    model = build(num_hidden_layers=2, num_vl_layers=1).requires_grad_(False)
-    compiled = torch.compile(model, fullgraph=True)
-    arguments = inputs()
-    ours, eager = (run(x, "pair", *arguments).pooler_output for x in (compiled, model))
-    torch.testing.assert_close(ours, eager, rtol=1e-5, atol=1e-5)
 
 
 def test_example_of_the_docstring():

@@ -1,21 +1,27 @@
 """Life under torch's tools: whatever replaces, wraps, watches or patches a module of the network is called.
 
-Each is compared with `plain`, the image encoder and text encoder written out with nothing but calls of the modules.
+Each tool is compared with `plain`, image and text encoder written out with nothing but calls of the modules.
 """
 
 import copy
+import pickle
 import threading
 
+import numpy as np
 import pytest
 import torch
-from test_model import build, inputs, run
+from networks import PATHS, build, inputs, positions, run, shared, tensors, visible
+from test_checkpoints import filled, load
 from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 from torch.nn.modules.module import register_module_forward_hook
-from torch.nn.utils import parametrize, prune, weight_norm
+from torch.nn.utils import parameters_to_vector, parametrize, prune, vector_to_parameters, weight_norm
 
-from vlmo_fast import MoMETransformer
+from vlmo_fast import MoMEConfig, MoMETransformer
 from vlmo_fast.nn import ContrastiveLoss, ExpertFeedForward
+from vlmo_fast.rows import plan_padded
+from vlmo_fast.watch import is_plain
 
 
 def plain(model: MoMETransformer, modality: str) -> torch.Tensor:
@@ -183,6 +189,7 @@ def test_position_embeddings() -> None:
 PARTS = ("attention.qkv", "attention.projection", "experts.vision", "experts.vision.norm", "experts.vision.fc2")
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize("name", PARTS)
 def test_every_kind_of_hook_is_called(name: str) -> None:
     kinds = {
@@ -192,6 +199,7 @@ def test_every_kind_of_hook_is_called(name: str) -> None:
         "always": lambda module, note: module.register_forward_hook(lambda *_: note(), always_call=True),
         "backward": lambda module, note: module.register_full_backward_hook(lambda *_: note()),
         "before backward": lambda module, note: module.register_full_backward_pre_hook(lambda *_: note()),
+        "legacy backward": lambda module, note: module.register_backward_hook(lambda *_: note()),
     }
     for kind, register in kinds.items():
         model, calls = build(), []
@@ -221,6 +229,90 @@ def test_patched_classes_and_instances(monkeypatch: pytest.MonkeyPatch) -> None:
     unpatched = ours(build(), "image")
     monkeypatch.undo()
     assert (ours(build(), "image") - unpatched).abs().max() > 1e-3
+
+
+def test_a_patched_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Below `forward`: the step of `nn.Module`'s call that runs the hooks, of one module, of a class, of all."""
+    model = build()
+    qkv = model.blocks[0].attention.qkv
+    qkv._call_impl = lambda x: 2 * F.linear(x, qkv.weight)
+    agree(model)
+    call = nn.Module._call_impl
+    with monkeypatch.context() as patch:
+        patch.setattr(nn.Linear, "_call_impl", lambda self, x: 1.5 * call(self, x))
+        agree(build())
+    seen = []
+    monkeypatch.setattr(nn.Module, "_call_impl", lambda self, *a, **k: seen.append(self) or call(self, *a, **k))
+    ours(model, "image")
+    assert {model.blocks[1].attention.qkv, model.blocks[1].experts["vision"].fc1} <= set(seen)
+
+
+def test_a_forward_that_is_another_modules() -> None:
+    """Weights tied by a bound method; the module's own, which tools leave behind, is none."""
+    model = build()
+    first, second = (block.experts["vision"].fc1 for block in model.blocks[:2])
+    first.forward = second.forward
+    agree(model)
+    assert is_plain(second, nn.Linear)
+    second.forward = second.forward
+    assert is_plain(second, nn.Linear)
+    assert not is_plain(first, nn.Linear)
+
+
+@pytest.mark.parametrize("where", ["weight", "bias", "attribute"])
+def test_tensor_subclasses_see_their_layer(where: str) -> None:
+    """Quantised and sparse weights are such; torch's own may be, too."""
+
+    class Weight(torch.Tensor):
+        layers = 0
+
+        @classmethod
+        def __torch_function__(cls, function, types, args=(), kwargs=None):
+            cls.layers += function is F.linear
+            with torch._C.DisableTorchFunctionSubclass():
+                result = function(*args, **(kwargs or {}))
+            return result.as_subclass(cls) if function is torch.Tensor.detach else result
+
+    Weight.__module__ = "torch.sparse"
+    model = build()
+    layer = model.blocks[1].experts["vision"].fc1
+    name = "bias" if where == "bias" else "weight"
+    tensor = getattr(layer, name).detach().as_subclass(Weight)
+    if where == "attribute":
+        delattr(layer, name)
+    setattr(layer, name, tensor if where == "attribute" else nn.Parameter(tensor))
+    ours(model, "image")
+    assert Weight.layers == 1
+
+
+LAYERS = {
+    "qkv with a bias": ("attention.qkv", lambda: nn.Linear(24, 72)),
+    "projection without": ("attention.projection", lambda: nn.Linear(24, 24, bias=False)),
+    "fc1 without": ("experts.vision.fc1", lambda: nn.Linear(24, 96, bias=False)),
+    "norm without": ("experts.vision.norm", lambda: nn.LayerNorm(24, bias=False)),
+    "norm of nothing": ("experts.language.norm", lambda: nn.LayerNorm(24, elementwise_affine=False)),
+}
+
+
+@pytest.mark.parametrize("case", LAYERS)
+def test_layers_of_the_same_class_with_other_parameters(case: str) -> None:
+    model, (name, make) = build(), LAYERS[case]
+    torch.manual_seed(5)
+    model.blocks[1].set_submodule(name, make())
+    agree(model)
+
+
+def test_one_experts_width() -> None:
+    """Pruned by whole neurons, as the other experts of its block are not."""
+    model = build()
+    expert, rows = model.blocks[0].experts["vision"], torch.arange(50)
+    for layer, dim in ((expert.fc1, 0), (expert.fc2, 1)):
+        layer.weight = nn.Parameter(layer.weight.detach().index_select(dim, rows))
+    expert.fc1.bias = nn.Parameter(expert.fc1.bias.detach()[:50])
+    agree(model)
+    pair = run(model, "pair").last_hidden_state
+    expert.register_forward_hook(lambda *_: None)
+    torch.testing.assert_close(pair, run(model, "pair").last_hidden_state, atol=1e-5, rtol=0)
 
 
 def test_a_whole_expert_or_norm_is_replaced() -> None:
@@ -304,6 +396,17 @@ def test_inference_mode_makes_and_runs_a_model() -> None:
     ours(kept, "image").sum().backward()
 
 
+def test_inference_mode_loads_a_checkpoint() -> None:
+    state, (ids, mask, _) = filled("pretrain", "tiny_rel"), inputs()
+    ids = ids % 10
+    outside = load(state, "tiny_rel").eval()
+    with torch.inference_mode():
+        inside = load(state, "tiny_rel").eval()
+        for cls_only in (False, True):
+            found, wanted = (m.backbone(ids, mask, cls_only=cls_only).text_embeds for m in (inside, outside))
+            assert torch.equal(found, wanted)
+
+
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning", "ignore::FutureWarning")
 def test_traced_with_padding() -> None:
     """The shortcut that looks at the mask is off while a tracer records: it would keep the traced batch's lengths."""
@@ -324,24 +427,33 @@ def test_traced_with_padding() -> None:
     torch.testing.assert_close(traced(ids, other), model(ids, other, cls_only=True).text_embeds, atol=1e-5, rtol=0)
 
 
+def test_values_are_not_looked_at_under_a_transform() -> None:
+    """`vmap` and `make_fx` would stop at the look."""
+    model = build().requires_grad_(False)
+    for op in ("attention", "mome_ffn"):
+        model.set_backend(op, "eager")
+    ids, mask, _ = inputs()
+
+    def encode(ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        return model(ids, mask, cls_only=True).text_embeds
+
+    mapped = torch.func.vmap(lambda ids, mask: encode(ids[None], mask[None])[0])
+    with torch.no_grad():  # where biases are kept
+        torch.testing.assert_close(mapped(ids, mask), encode(ids, mask), atol=1e-5, rtol=0)
+    other = torch.ones_like(mask)
+    other[0, 2:] = 0
+    graph = make_fx(encode)(ids, mask)
+    torch.testing.assert_close(graph(ids, other), encode(ids, other), atol=1e-5, rtol=0)
+
+
 @pytest.mark.parametrize("options", [{}, {"cls_only": True}])
 def test_compiled_whole_where_nobody_watches(options: dict[str, bool]) -> None:
     model = build().requires_grad_(False)
-    compiled = torch.compile(lambda pixels: model(pixel_values=pixels, **options).image_embeds, fullgraph=True)
+    compiled = torch.compile(
+        lambda pixels: model(pixel_values=pixels, **options).image_embeds, fullgraph=True, backend="aot_eager"
+    )
     pixels = inputs()[2]
     torch.testing.assert_close(compiled(pixels), model(pixel_values=pixels).image_embeds, atol=1e-5, rtol=0)
-
-
-def test_inputs_of_another_dtype_or_kind_are_named() -> None:
-    model, (ids, _, pixels) = build(), inputs()
-    with pytest.raises(TypeError, match=r"dtype of the model's weights, torch.float32, got torch.float64"):
-        model(pixel_values=pixels.double())
-    with pytest.raises(TypeError, match=r"weights, torch.float16, got torch.float32"):
-        copy.deepcopy(model).half()(pixel_values=pixels)
-    with pytest.raises(TypeError, match="input_ids must be a tensor, got list"):
-        model(input_ids=ids.tolist())
-    with torch.autocast("cpu", torch.bfloat16):
-        model(pixel_values=pixels)
 
 
 def test_a_bounded_scale_can_come_back() -> None:
@@ -357,3 +469,160 @@ def test_a_bounded_scale_can_come_back() -> None:
     optimizer = torch.optim.SGD(loss.parameters(), lr=0.01)
     optimizer.step()
     assert loss.logit_scale.exp() < 100
+
+
+# Biases kept in evaluation
+
+
+def biases_of(model, num_text=6):
+    with torch.no_grad():
+        return model._biases(plan_padded(1, num_text, (3,), None, cls_only=False))
+
+
+def test_biases_are_kept_in_evaluation():
+    """The very same tensors for the same shape, of a few shapes, and the numbers of a model that keeps nothing."""
+    model = build().eval()
+    first = biases_of(model)
+    assert biases_of(model) is first
+    for num_text in range(1, 5):
+        biases_of(model, num_text)
+    assert biases_of(model, 4) is biases_of(model, 4)
+    assert biases_of(model) is not first  # four other shapes came since
+    assert copy.deepcopy(model)._kept_biases._kept is None
+    assert pickle.loads(pickle.dumps(model))._kept_biases._kept is None
+    for path in PATHS:
+        with torch.no_grad():
+            kept = [tensors(run(model, path)) for _ in range(2)]
+        for a, b, c in zip(*kept, tensors(run(model, path)), strict=True):
+            assert torch.equal(a, b)
+            assert torch.equal(a, c.detach())
+
+
+CHANGES = {
+    "in place": lambda table, other: table.detach().mul_(2),
+    "data assigned": lambda table, other: setattr(table, "data", other.data),
+    "data in place": lambda table, other: table.data.mul_(2),
+    "data copied": lambda table, other: table.data.copy_(other.data),
+    "through NumPy": lambda table, other: np.multiply(table.detach().numpy(), 2, out=table.detach().numpy()),
+    "one row": lambda table, other: table.data[0].add_(1),
+}
+
+
+@pytest.mark.parametrize("change", [*CHANGES, "loaded", "assigned", "from a vector", "moved"])
+def test_no_change_of_the_table_goes_unseen(change):
+    """A teacher in evaluation mode is updated in any of these ways; nobody calls `eval` again."""
+    model, other = build().eval(), build(seed=1)
+    before = biases_of(model)[0].clone()
+    table = model.relative_position_bias.table
+    if change in CHANGES:
+        CHANGES[change](table, other.relative_position_bias.table)
+    elif change in ("loaded", "assigned"):
+        model.load_state_dict(other.state_dict(), assign=change == "assigned")
+    elif change == "from a vector":
+        vector_to_parameters(parameters_to_vector(other.parameters()), model.parameters())
+    else:
+        model.double()
+    after = biases_of(model)[0]
+    fresh = model.relative_position_bias(6, (3,))[0]
+    assert torch.equal(after, fresh)
+    assert after.dtype != before.dtype or not torch.equal(after, before)
+
+
+def test_biases_too_large_to_gather_at_once_are_not_kept(monkeypatch):
+    """They read a table that may be replaced by an equal one, and then change."""
+    monkeypatch.setattr("vlmo_fast.positions.ALL_LAYERS_BYTES", 0)
+    model = build().eval()
+    module, kept = model.relative_position_bias, biases_of(model)
+    first = kept[0].clone()
+    old, module.table = module.table, nn.Parameter(module.table.detach().clone())
+    old.data.mul_(2)
+    assert torch.equal(biases_of(model)[0], first)
+
+
+def test_no_biases_are_kept_for_training():
+    model = build().train()
+    assert biases_of(model) is not biases_of(model)
+    run(model.eval(), "pair")
+    assert model._kept_biases._kept is None  # with gradients
+    biases_of(model)
+    assert model._kept_biases._kept is not None
+
+
+def test_watched_biases_are_gathered_by_a_call():
+    model, calls = build().eval(), []
+    biases_of(model)
+    model.relative_position_bias.register_forward_hook(lambda *_: calls.append(1))
+    biases_of(model)
+    biases_of(model)
+    assert len(calls) == 2
+
+
+# Copies, no memory, whole graphs
+
+
+def test_meta_device():
+    """Sizes and paths without memory, then real weights in place."""
+    with torch.device("meta"):
+        model = MoMETransformer(MoMEConfig.from_preset("large"))
+    assert {p.device.type for p in model.parameters()} == {"meta"}
+    ids = torch.zeros(2, 5, dtype=torch.int64, device="meta")
+    pixels = torch.zeros(2, 3, 224, 224, device="meta")
+    assert model(ids, torch.ones_like(ids), pixels).last_hidden_state.shape == (2, 202, 1024)
+    assert model(pixel_values=pixels, use_vl_branch=True).vl_image_embeds.shape == (2, 1024)
+    config = shared().config  # before the context, in which the shared model would be made on meta
+    with torch.device("meta"):
+        small = MoMETransformer(config).eval()
+    small.load_state_dict(shared().state_dict(), assign=True)
+    assert torch.equal(visible(run(small, "pair")), visible(run(shared(), "pair")))
+
+
+def test_deepcopy_and_pickle():
+    model = build("absolute")
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        for path in PATHS:
+            assert torch.equal(visible(run(model, path)), visible(run(other, path)))
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        twin.norm.weight.zero_()
+    assert not torch.equal(model.norm.weight, twin.norm.weight)
+
+
+@positions
+@pytest.mark.parametrize("path", PATHS)
+def test_compiles_whole(kind, path):
+    """One graph per path, no break, with the same ops; the traced eager code gives the same bits."""
+    torch._dynamo.reset()
+    model, targets = shared(kind), []
+
+    def backend(graph, _):
+        targets.extend(str(node.target) for node in graph.graph.nodes)
+        return graph
+
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    arguments = inputs()
+    for a, b in zip(tensors(run(compiled, path, *arguments)), tensors(run(model, path, *arguments)), strict=True):
+        assert torch.equal(a, b)
+    calls = sum("mome_ffn" in target for target in targets)
+    assert calls == (6 if path.endswith("_vl") else 4)  # one for each block that ran
+
+
+def test_compiles_with_interpolation_and_gradients():
+    torch._dynamo.reset()
+    model = build()
+    pixels = inputs(size=40)[2]
+    torch.compile(model, fullgraph=True, backend="aot_eager")(
+        pixel_values=pixels, interpolate_pos_encoding=True
+    ).image_embeds.square().sum().backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.slow  # half a minute of compiling
+def test_inductor(require_tool):
+    """One generated kernel set, end to end; another summation order than eager's, so float32 tolerance."""
+    require_tool("g++")
+    torch._dynamo.reset()
+    model = build(num_hidden_layers=2, num_vl_layers=1).requires_grad_(False)
+    compiled = torch.compile(model, fullgraph=True)
+    arguments = inputs()
+    ours, eager = (run(x, "pair", *arguments).pooler_output for x in (compiled, model))
+    torch.testing.assert_close(ours, eager, rtol=1e-5, atol=1e-5)

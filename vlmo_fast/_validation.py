@@ -53,6 +53,8 @@ def check_inputs(
     for name, value in (*given, ("bool_masked_pos", bool_masked_pos)):
         if value is not None and not isinstance(value, Tensor):
             fail(name, "be a tensor", type(value).__name__, TypeError)
+    if image_type_ids is not None and not isinstance(image_type_ids, int | Tensor):
+        fail("image_type_ids", "be an int or a tensor", type(image_type_ids).__name__, TypeError)
     if input_ids is not None:
         if input_ids.ndim != 2 or 0 in input_ids.shape:
             fail("input_ids", "be (B, T) with B and T at least 1", tuple(input_ids.shape))
@@ -77,7 +79,7 @@ def check_inputs(
             fail("pixel_values", f"be (B, {config.num_channels}, H, W) with B at least 1", shape)
         if not pixel_values.is_floating_point():
             fail("pixel_values", "be of a float dtype (normalised pixels)", pixel_values.dtype, TypeError)
-        if dtype is not None and pixel_values.dtype != dtype and not _autocasts(pixel_values):
+        if dtype is not None and pixel_values.dtype != dtype and not _autocasts(pixel_values, dtype):
             fail("pixel_values", f"have the dtype of the model's weights, {dtype}", pixel_values.dtype, TypeError)
         if input_ids is not None and len(pixel_values) != len(input_ids):
             fail("pixel_values", f"have the batch size of input_ids, {len(input_ids)}", len(pixel_values))
@@ -140,15 +142,17 @@ def check_packed(
     def fail(argument: str, rule: str, actual: object) -> None:
         raise ValueError(f"MoMETransformer.forward_packed: {argument} must {rule}, got {actual}")
 
+    if not isinstance(layout, PackedLayout):
+        kind = type(layout).__name__
+        raise TypeError(f"MoMETransformer.forward_packed: layout must be a PackedLayout, made by pack, got {kind}")
+    check_inputs(config, input_ids=input_ids)
     if layout.branch_rows is not None and not config.num_vl_layers:
         raise ValueError(
             "MoMETransformer.forward_packed: layout was packed with vl_branch=True, but the model has num_vl_layers=0"
         )
     if (input_ids is None) != (not layout.num_texts):
         fail("input_ids", "be given for a layout of texts, and only then", "None" if input_ids is None else "some")
-    if input_ids is not None and (
-        input_ids.ndim != 2 or len(input_ids) != layout.num_texts or input_ids.shape[1] < layout.longest_text
-    ):
+    if input_ids is not None and (len(input_ids) != layout.num_texts or input_ids.shape[1] < layout.longest_text):
         rule = f"be the layout's ({layout.num_texts}, {layout.longest_text} or more)"
         fail("input_ids", rule, tuple(input_ids.shape))
     patch = config.patch_size
@@ -162,8 +166,6 @@ def check_packed(
         fail("pixel_values", f"be the layout's images ({wanted})", got)
     if bool_masked_pos is not None and len(images) != 1:
         fail("bool_masked_pos", "come with images of one size", f"{len(images)} tensors of images")
-    if input_ids is not None:
-        check_inputs(config, input_ids=input_ids)
     if image_type_ids is not None or bool_masked_pos is not None:
         everything = images[0][:1].expand(sum(map(len, images)), -1, -1, -1) if images else None
         check_inputs(
@@ -193,6 +195,8 @@ def window_of(config: MoMEConfig, pixel_values: Tensor, *, interpolate: bool) ->
     return int(height) // patch
 
 
-def _autocasts(tensor: Tensor) -> bool:
-    device = tensor.device.type
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+def _autocasts(pixel_values: Tensor, dtype: torch.dtype) -> bool:
+    """Whether autocast brings pixels and weights to one dtype; float64 it leaves alone."""
+    device = pixel_values.device.type
+    is_enabled = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return is_enabled and torch.float64 not in (pixel_values.dtype, dtype)

@@ -98,7 +98,7 @@ class Attention(nn.Module):
     def _project(self, x: Tensor, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
         """Queries of the output rows, (M, heads, d), keys and values of all, (N, heads, d)."""
         no_bias = torch.zeros_like(self.v_bias)  # keys have none
-        if not is_plain(self.qkv, nn.Linear):
+        if not is_plain(self.qkv, nn.Linear) or self.qkv.bias is not None:  # a replacement may have one
             qkv = self.qkv(x) + torch.cat([self.q_bias, no_bias, self.v_bias])
             query, key, value = qkv.unflatten(1, (3, self.num_heads, -1)).unbind(1)
             return rows.keep(query), key, value
@@ -160,9 +160,8 @@ def mix_experts(
     """
     if all(map(_is_plain_expert, experts)):
         plain = [cast("Expert", expert) for expert in experts]
-        eps = plain[0].norm.eps
-        if all(expert.norm.eps == eps for expert in plain):
-            weights = [expert.weights() for expert in plain]
+        weights, eps = [expert.weights() for expert in plain], plain[0].norm.eps
+        if all(expert.norm.eps == eps for expert in plain) and _are_alike(weights):
             return ops.mome_ffn(x, sizes, weights, layer_scale, row_scale, eps=eps, backend=backend)
     branches = [expert(part) for expert, part in zip(experts, x.split(list(sizes)), strict=True)]
     return x + _scaled(join(branches), layer_scale, row_scale)
@@ -175,6 +174,12 @@ def _is_plain_expert(expert: nn.Module) -> bool:
     if not is_plain(expert.dropout, nn.Dropout) or (expert.dropout.training and expert.dropout.p):
         return False
     return is_plain(expert.norm, nn.LayerNorm) and is_plain(expert.fc1, nn.Linear) and is_plain(expert.fc2, nn.Linear)
+
+
+def _are_alike(weights: Sequence[ops.ExpertWeights]) -> bool:
+    """Whether none lacks a parameter (a replaced layer may have no bias) and all have one width (one may be pruned)."""
+    complete = all(tensor is not None for expert in weights for tensor in expert)
+    return complete and all(expert.fc1_weight.shape == weights[0].fc1_weight.shape for expert in weights)
 
 
 def _scaled(branch: Tensor, layer_scale: Tensor | None, row_scale: Tensor | None) -> Tensor:

@@ -153,9 +153,9 @@ class MoMETransformer(nn.Module):
         windows = () if pixel_values is None else (self.window_of(pixel_values, interpolate_pos_encoding),)
         images = [] if pixel_values is None else [pixel_values]
         kind = "image" if input_ids is None else "text" if pixel_values is None else "pair"
-        if cls_only and not output_hidden_states and input_ids is not None and self._chooses_attention:
+        if cls_only and not output_hidden_states and input_ids is not None:
             layout = pack_padded(attention_mask, windows, vl_branch=use_vl_branch, device=input_ids.device)
-            if layout is not None:
+            if layout is not None and self._chooses_attention:
                 x = self._embed(layout, input_ids, images, image_type_ids, bool_masked_pos)
                 x = self.norm(self._trunk(layout, x, self._biases(layout)))
                 vl_last = layout.first_tokens(x, "vl_text")[:, None] if use_vl_branch else None

@@ -198,7 +198,8 @@ class KeptBiases:
             if shape == key:
                 return found
         biases: LayerBiases = module(*key)
-        self._kept = old, (*kept[1 - NUM_KEPT :], (key, biases))
+        if biases.all_layers is not None:  # else it is gathered from a table that may have been replaced since
+            self._kept = old, (*kept[1 - NUM_KEPT :], (key, biases))
         return biases
 
     def __getstate__(self) -> dict[str, None]:

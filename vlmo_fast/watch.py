@@ -22,7 +22,8 @@ _GLOBAL_HOOKS = (
     torch_module._global_backward_hooks,
     torch_module._global_backward_pre_hooks,
 )
-_CALL = nn.Module.__call__
+_CALL, _CALL_IMPL = nn.Module.__call__, nn.Module._call_impl
+_PROXY = torch._C._TorchDispatchModeKey.PROXY
 _FORWARDS: dict[type[nn.Module], Any] = {}  # of each class, as it was when this package was imported
 
 
@@ -35,20 +36,24 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
 
     Returns:
         False where the module is of another class (a subclass, a parametrized or quantised layer), has a forward or
-        backward hook of any kind, is compiled or has a `forward` of its own; where its class or `nn.Module.__call__` is
-        patched; where torch has a global module hook; and where its weight is a tensor subclass of another package.
+        backward hook of any kind, is compiled or has a `forward` of its own; where its class's `forward` or a step of
+        `nn.Module`'s call is patched; where torch has a global module hook; and where its weight or bias is a tensor
+        subclass.
     """
     if type(module) is not kind or any(_GLOBAL_HOOKS):
         return False
     if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
         return False
-    own = module.__dict__.get("forward")
-    if own is not None and getattr(own, "__func__", None) is not kind.forward:  # a bound method of the class's is none
+    if kind.__call__ is not _CALL or kind._call_impl is not _CALL_IMPL or kind.forward is not _FORWARDS[kind]:
         return False
-    if kind.__call__ is not _CALL or module._compiled_call_impl is not None:
+    own, parameters = module.__dict__, module._parameters
+    forward = own.get("forward")
+    if forward is not None and not _is_own(forward, module, kind):
         return False
-    weight = module._parameters.get("weight")
-    return kind.forward is _FORWARDS[kind] and (weight is None or _is_ordinary(weight))
+    if module._compiled_call_impl is not None or "_call_impl" in own:
+        return False
+    # Replicas and the like hold them as plain attributes.
+    return all(_is_ordinary(own.get(name, parameters.get(name))) for name in ("weight", "bias"))
 
 
 def watched_from_now_on(kind: type[nn.Module]) -> type[nn.Module]:
@@ -61,14 +66,19 @@ for _kind in (nn.Linear, nn.LayerNorm, nn.Embedding, nn.Dropout, nn.Conv2d):
     watched_from_now_on(_kind)
 
 
-def _is_ordinary(weight: Tensor) -> bool:
-    """Whether it is a tensor of torch's own: what tracers and shards put in a parameter's place is, too."""
-    kind = type(weight)
-    return kind is nn.Parameter or kind is Tensor or kind.__module__.startswith("torch.")
+def _is_own(forward: Any, module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether it is the bound method that the module has anyway, which tools leave behind when they go."""
+    return getattr(forward, "__func__", None) is kind.forward and getattr(forward, "__self__", None) is module
+
+
+def _is_ordinary(tensor: Tensor | None) -> bool:
+    kind = type(tensor)
+    return tensor is None or kind is nn.Parameter or kind is Tensor
 
 
 def values_are_visible(tensor: Tensor) -> bool:
     """Whether looking at values is free: not where it would wait for a device, break a graph or be traced."""
-    if tensor.device.type != "cpu" or type(tensor) is not Tensor:
+    if tensor.device.type != "cpu" or type(tensor) is not Tensor or torch.compiler.is_compiling():
         return False
-    return not torch.compiler.is_compiling() and not torch.jit.is_tracing()
+    is_transformed = torch._C._are_functorch_transforms_active() or torch._C._get_dispatch_mode(_PROXY) is not None
+    return not torch.jit.is_tracing() and not is_transformed

@@ -34,7 +34,7 @@ class Captured:
     Args:
         module: in evaluation mode, all parameters on one device.
         method: name of what is called, where that is not the module itself.
-        max_graphs: shapes kept; the one that was not used for the longest time goes first.
+        max_graphs: shapes kept; the least recently used is evicted.
         num_warmups: calls before the capture, in which kernels are compiled and workspaces made.
 
     Example:
