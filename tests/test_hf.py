@@ -15,7 +15,6 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 import vlmo_fast
 from vlmo_fast import MoMEConfig, VLMoConfig
-from vlmo_fast.hf import modeling
 from vlmo_fast.ops import packed, padded
 
 SIZES = {
