@@ -16,7 +16,7 @@ from vlmo_fast.hf.attention import AttentionFunction, attend_by
 from vlmo_fast.hf.configuration import VLMoConfig
 from vlmo_fast.model import MoMETransformer
 from vlmo_fast.outputs import MoMEOutput
-from vlmo_fast.requirements import require
+from vlmo_fast.requirements import PACKAGES, require
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
@@ -119,8 +119,8 @@ class VLMoPreTrainedModel(PreTrainedModel):
     def _attention_function(self, name: str) -> AttentionFunction | None:
         """The registered function of that name, or None for a name of the attention op's."""
         known = ("auto", *ops.implementations("attention"))
-        if name == "xformers":
-            require(f"{type(self).__name__}: attn_implementation 'xformers'", "xformers")
+        if any(package.distribution == name for package in PACKAGES):  # xformers
+            require(f"{type(self).__name__}: attn_implementation {name!r}", name)
         if name in known:
             return None
         if name not in ALL_ATTENTION_FUNCTIONS or any(part in name for part in NO_BIAS_PER_HEAD):
