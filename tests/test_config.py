@@ -285,7 +285,6 @@ assert torch.utils._pytree.tree_map(lambda x: x + 1, output).sound.tolist() == [
 
 def test_type_checkers_see_the_fields(tmp_path):
     """What mypy makes of both classes that come from others, and of names that the package imports late."""
-    pytest.importorskip("mypy")
     lines = {
         "reveal_type(vlmo_fast.VLMoConfig(hidden_size=64, num_labels=3).hidden_size)": '"int"',
         "reveal_type(vlmo_fast.VLMoConfig().layer_scale_init_value)": '"float | None"',

@@ -388,11 +388,12 @@ def test_gradient_norms(golden):
 def test_gradients_against_float64(golden):
     """Element by element, since norms miss signs; against another derivation, since one code shares its mistakes.
 
-    In float32 the reference's attention is held to 2e-5 in the worst element, whichever is chosen to twice that. The
-    mean over the parameters is held to 1.5 times the reference's over six draws of images, since in one of them all
-    parameters share an error, and the ratio is luck: 0.8 to 1.65 (docs/log.md).
+    In float32 the reference's attention is held to 2e-5 in the worst element, whichever is chosen to twice that. Over
+    six draws of images the worst element is held to twice the reference's, the mean over the parameters to 1.5: in one
+    draw all parameters share an error, and the ratio is luck, 0.8 to 1.65 (docs/log.md).
     """
     means: dict[str, list[float]] = {"eager": [], "auto": []}
+    worst: dict[str, list[float]] = {"eager": [], "auto": []}
     for images in (GOLDEN_IMAGES, 1, 2, 3, 4, 5):
         exact = plain_gradients(golden, images)
 
@@ -412,10 +413,12 @@ def test_gradients_against_float64(golden):
         for backend, cap in (("eager", 2e-5), ("auto", 4e-5)):
             found = errors(torch.float32, backend)
             means[backend].append(fmean(found))
+            worst[backend].append(max(found))
             assert images != GOLDEN_IMAGES or max(found) < cap
         if images == GOLDEN_IMAGES:
             assert max(errors(torch.float64, "auto")) < 1e-12
     assert fmean(means["auto"]) < 1.5 * fmean(means["eager"])
+    assert fmean(worst["auto"]) < 2 * fmean(worst["eager"])
 
 
 @pytest.mark.parametrize("tag", ["rel_4to6", "abs_4to6"])
